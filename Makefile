@@ -1,0 +1,65 @@
+# `make bench` and `make test` need Python >= 3.11 and a C++ compiler, nothing else. Stamps in .venv make re-runs quick.
+PYTHON ?= python3
+VENV ?= .venv
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(filter csrc/%,$(SOURCES))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install dev pull bench test lint format clean
+
+help:
+	@echo "make bench    install, make the default checkpoint, measure it on real images (BENCH_ARGS=...)"
+	@echo "make test     install with [dev], make the default checkpoint, run the tests with coverage (PYTEST_ARGS=...)"
+	@echo "make lint     ruff, mypy --strict, import floors, clang-format"
+	@echo "make install  the package with what the bench needs, in $(VENV)"
+	@echo "make pull     make the default checkpoint in RSVLM_HOME or ~/.cache/rsvlm"
+	@echo "make format   rewrite Python and C++ sources in the house style"
+	@echo "make clean    remove $(VENV) and everything built"
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python >= 3.11 is needed, $(PYTHON) is older or absent; run: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# Editable, so that the native extension lands beside the sources. pip hides the compiler's words: the last line tells.
+$(VENV)/.installed: $(VENV)/.created $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable ".[torch,geo,report,pull]"
+	@$(BIN)/python -c 'from rsvlm_infer.hardware import native_why_not as w; print("native extension:", w() or "built")'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+install: $(VENV)/.installed
+
+dev: $(VENV)/.dev
+
+pull: $(VENV)/.installed
+	$(BIN)/rsvlm pull
+
+bench: pull
+	$(BIN)/rsvlm bench $(BENCH_ARGS)
+
+test: $(VENV)/.dev pull
+	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info rsvlm_infer/_C.*.so .mypy_cache .pytest_cache .ruff_cache .coverage .hypothesis

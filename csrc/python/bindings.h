@@ -1,0 +1,12 @@
+// One register function per file; each only translates between numpy and the core.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace rsvlm::python {
+
+void register_cpu(pybind11::module_& module);
+void register_complexity_map(pybind11::module_& module);
+void register_pack_tiles(pybind11::module_& module);
+
+}  // namespace rsvlm::python

@@ -1,0 +1,20 @@
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+def build_info() -> dict[str, str | bool | int]: ...
+def complexity_map(*, gray: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.float64]: ...
+def pack_tiles(
+    *,
+    images: Sequence[NDArray[np.uint8]],
+    canvases: NDArray[np.int64],
+    crops: NDArray[np.int64],
+    grids: NDArray[np.int64],
+    vertical_first: Sequence[bool],
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    resample: str,
+    fill: Sequence[int],
+) -> NDArray[np.float32]: ...

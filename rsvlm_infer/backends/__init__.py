@@ -1,0 +1,48 @@
+"""Ways to run one model. Owns the choice of a backend; knows no engine, no text, no raster."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from ..errors import BackendError, MissingDependencyError
+from .base import Backend, Embeddings, ImageFeatures, Prompt, Query
+
+__all__ = ["BACKENDS", "Backend", "Embeddings", "ImageFeatures", "Prompt", "Query", "load_backend", "why_not"]
+
+# Backend -> precisions, in order of preference. Preference is data; capability is why_not().
+BACKENDS: dict[str, tuple[str, ...]] = {"eager": ("float32", "bfloat16", "float16")}
+
+
+def why_not(name: str) -> str | None:
+    """Why this backend cannot run here; None when it can.
+
+    Raises:
+        BackendError: no such backend.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f'backend must be "auto" or one of {sorted(BACKENDS)}, got {name!r}; choose one of them')
+    if importlib.util.find_spec("torch") is None:
+        return 'torch is not installed; run pip install "rsvlm-infer[torch]"'
+    return None
+
+
+def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") -> Backend:
+    """Loads a checkpoint folder into a backend.
+
+    Args:
+        path: checkpoint folder. name: "auto" = the first backend that can run. precision: "auto" = the backend's first.
+
+    Raises:
+        BackendError: an unknown backend or precision. MissingDependencyError: none can run here. CheckpointError: a bad folder.
+    """
+    chosen = next(iter(BACKENDS)) if name == "auto" else name
+    reason = why_not(chosen)
+    if reason is not None:
+        raise MissingDependencyError(f"backend {chosen!r} cannot run here: {reason}")
+    precisions = BACKENDS[chosen]
+    if precision != "auto" and precision not in precisions:
+        raise BackendError(f'precision of backend {chosen!r} must be "auto" or one of {list(precisions)}, got {precision!r}; choose one')
+    from .eager import EagerBackend
+
+    return EagerBackend.load(Path(path), precisions[0] if precision == "auto" else precision)

@@ -1,0 +1,86 @@
+"""What the engine asks of any backend. Numpy at the boundary; what a backend keeps on a device stays behind an opaque handle.
+
+Knows no text, no raster and no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import RsvlmConfig
+from ..imagery.pack import PackedScene
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """One encoded scene. `handle` belongs to the backend that made it; the rest is for the answer.
+
+    `num_tokens` visual tokens take the place of as many image placeholders in the prompt.
+    """
+
+    handle: Any
+    num_tokens: int
+    cues: tuple[str, ...] = ()
+    encode_ms: float = 0.0
+    augment_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: token ids [n] with every placeholder already expanded, and the scenes in order of appearance."""
+
+    token_ids: npt.NDArray[np.int32]
+    images: tuple[ImageFeatures, ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class Query:
+    """The question as the augmentation reads it: token ids [Q] and its alignment embedding [De]."""
+
+    token_ids: npt.NDArray[np.int32]
+    embedding: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """L2-normalised alignment embeddings of one scene; an absent level is an empty array.
+
+    object [T, k, De] · region [T, De] · scene [De]
+    """
+
+    object: npt.NDArray[np.float32]
+    region: npt.NDArray[np.float32]
+    scene: npt.NDArray[np.float32]
+
+
+class Backend(Protocol):
+    """One model at one precision, ready to run."""
+
+    name: str
+    precision: str
+    config: RsvlmConfig
+
+    def encode(
+        self, scenes: Sequence[PackedScene], queries: Sequence[Query | None] | None = None
+    ) -> list[ImageFeatures]:
+        """Scenes -> visual tokens. `queries`, one per scene, matter only to a model with augmentation."""
+
+    def prefill(self, sequences: Sequence[Prompt], capacity: int) -> tuple[npt.NDArray[np.float32], Any]:
+        """Logits [B, V] after each prompt's last token, and a KV cache with room for `capacity` tokens a row."""
+
+    def decode(self, cache: Any, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Feeds one token to every row; logits [B, V]. The cache grows in place."""
+
+    def keep(self, cache: Any, rows: Sequence[int]) -> Any:
+        """A cache of only these rows, in this order; the old one must not be used again."""
+
+    def embed_image(self, features: ImageFeatures) -> Embeddings:
+        """Alignment embeddings of an encoded scene."""
+
+    def embed_text(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+        """Texts -> L2-normalised [B, De]."""

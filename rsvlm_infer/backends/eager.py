@@ -1,0 +1,236 @@
+"""The eager PyTorch backend: the reference that every other backend is measured against. Knows no text and no raster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..config import LEVELS, RsvlmConfig
+from ..errors import BackendError, InputError
+from ..imagery.pack import PackedScene
+from ..imagery.plan import anyres_kept_window
+from ..knowledge.store import KnowledgeBase
+from ..layers.language_model import KvCache
+from ..layers.projector import assemble_anyres
+from ..models.load import load_checkpoint
+from ..models.rsvlm import RsvlmModel
+from .base import Embeddings, ImageFeatures, Prompt, Query
+
+# Tiles are encoded in chunks of about this many patches: at ViT-L width the widest activation then stays near 270 MB.
+CHUNK_PATCHES = 16384
+
+
+@dataclass(frozen=True)
+class _Handle:
+    tokens: Tensor | None  # [Nv, Dl]
+    embeddings: Embeddings | None
+
+
+class EagerBackend:
+    """`Backend` in plain PyTorch on the CPU."""
+
+    name = "eager"
+
+    def __init__(self, model: RsvlmModel, precision: str = "float32", knowledge: KnowledgeBase | None = None) -> None:
+        self.model = model.eval()
+        self.precision = precision
+        self.config: RsvlmConfig = model.config
+        self.knowledge = knowledge
+
+    @classmethod
+    def load(cls, path: Path, precision: str) -> EagerBackend:
+        """From a checkpoint folder."""
+        loaded = load_checkpoint(path, dtype=precision)
+        knowledge = None if loaded.knowledge_folder is None else KnowledgeBase.load(loaded.knowledge_folder)
+        return cls(loaded.model, precision, knowledge)
+
+    @torch.inference_mode()
+    def encode(self, scenes: Sequence[PackedScene], queries: Sequence[Query | None] | None = None) -> list[ImageFeatures]:
+        """Scenes -> visual tokens; see `Backend.encode`. All tiles of all scenes go through the encoder as one packed sequence."""
+        if len(scenes) == 0:
+            return []
+        start = time.perf_counter()
+        taps, class_tokens, tile_counts, patch_counts = self._encode_tiles(scenes)
+        per_scene_taps = list(zip(*(tap.split(patch_counts) for tap in taps), strict=True))
+        per_scene_class = list(
+            zip(*(tokens.split(tile_counts if len(tokens) else [0] * len(scenes)) for tokens in class_tokens), strict=True)
+        )
+        aligned: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(scenes)
+        if self.model.alignment is not None:
+            aligned = [
+                self.model.alignment(list(scene_taps), list(scene_class), torch.from_numpy(scene.cu_seqlens))
+                for scene, scene_taps, scene_class in zip(scenes, per_scene_taps, per_scene_class, strict=True)
+            ]
+        encoded = time.perf_counter()
+        cu_scenes = torch.tensor([0, *np.cumsum(patch_counts).tolist()], dtype=torch.int32)
+        augmented, cues = self._augment(taps, aligned, queries or [None] * len(scenes), cu_scenes)
+        augment_ms = (time.perf_counter() - encoded) * 1e3
+        bridged = time.perf_counter()
+        tokens: list[Tensor | None] = [None] * len(scenes)
+        if self.model.projector is not None:
+            features = self.model.bridge(taps, augmented).split(patch_counts)
+            tokens = [self._visual_tokens(part, scene) for part, scene in zip(features, scenes, strict=True)]
+        encode_ms = (encoded - start + time.perf_counter() - bridged) * 1e3
+        return [
+            ImageFeatures(
+                handle=_Handle(token, None if align is None else Embeddings(*(_numpy(part) for part in align))),
+                num_tokens=0 if token is None else len(token),
+                cues=cue,
+                encode_ms=encode_ms / len(scenes),
+                augment_ms=augment_ms / len(scenes) if self.model.augmentation is not None else 0.0,
+            )
+            for token, align, cue in zip(tokens, aligned, cues, strict=True)
+        ]
+
+    def _encode_tiles(self, scenes: Sequence[PackedScene]) -> tuple[list[Tensor], list[Tensor], list[int], list[int]]:
+        """Three taps [S, Dv], three class tokens [T or 0, Dv], tiles per scene, patches per scene."""
+        patches = torch.from_numpy(np.concatenate([scene.patches for scene in scenes]))  # [S, 3·p²]
+        grids = torch.from_numpy(np.concatenate([scene.grids for scene in scenes]))  # [T, 2]
+        bounds = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(scene.cu_seqlens) for scene in scenes]))])  # [T + 1]
+        parts = []
+        first = 0
+        while first < len(grids):
+            last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + CHUNK_PATCHES, side="right")) - 1)
+            cu_seqlens = torch.from_numpy((bounds[first : last + 1] - bounds[first]).astype(np.int32))
+            parts.append(self.model.vision_encoder(patches[bounds[first] : bounds[last]], cu_seqlens, grids[first:last]))
+            first = last
+        taps = [torch.cat([part[0][level] for part in parts]) for level in range(len(LEVELS))]
+        class_tokens = [torch.cat([part[1][level] for part in parts]) for level in range(len(LEVELS))]
+        return taps, class_tokens, [len(scene.grids) for scene in scenes], [len(scene.patches) for scene in scenes]
+
+    def _augment(
+        self,
+        taps: list[Tensor],
+        aligned: Sequence[tuple[Tensor, Tensor, Tensor] | None],
+        queries: Sequence[Query | None],
+        cu_scenes: Tensor,
+    ) -> tuple[list[Tensor], list[tuple[str, ...]]]:
+        """H_l for all scenes and the texts of the cues. A model without augmentation gives F_l back untouched."""
+        if self.model.augmentation is None or self.config.augmentation is None:
+            return taps, [()] * len(aligned)
+        assert self.model.language_model is not None
+        settings = self.config.augmentation
+        cue_vectors: list[list[Tensor]] = []
+        cue_texts: list[tuple[str, ...]] = []
+        query_tokens = []
+        like = taps[0]
+        for scene, query in zip(aligned, queries, strict=True):
+            assert scene is not None
+            vectors, texts = [], []
+            for level, visual in enumerate(scene):
+                found = like.new_zeros((0, visual.shape[-1]))
+                if self.knowledge is not None and visual.numel():
+                    embedding = None if query is None else query.embedding
+                    flat = _numpy(visual).reshape(-1, visual.shape[-1])
+                    _, ids, names = self.knowledge.search(level, flat, embedding, settings.cues_per_level, settings.query_weight)
+                    found = torch.from_numpy(self.knowledge.embeddings[ids].astype(np.float32)).to(like.dtype)
+                    texts += names
+                vectors.append(found)
+            cue_vectors.append(vectors)
+            cue_texts.append(tuple(texts))
+            ids = np.zeros(0, np.int32) if query is None else query.token_ids
+            query_tokens.append(self.model.language_model.embed_tokens(torch.from_numpy(ids).long()))  # [Q, Dl]
+        return self.model.augmentation(taps, cue_vectors, query_tokens, cu_scenes), cue_texts
+
+    def _visual_tokens(self, features: Tensor, scene: PackedScene) -> Tensor:
+        """Y of one scene [S, Dv] -> [Nv, Dl] in the order of MODEL section 6: base tile, then leaves."""
+        assert self.model.projector is not None
+        boxes = torch.from_numpy(scene.boxes) if scene.plan.tiling == "dris" else None
+        tiles = self.model.projector(features, torch.from_numpy(scene.grids), boxes)
+        if scene.plan.tiling == "anyres":
+            if self.model.image_newline is None:
+                raise BackendError(
+                    'tiling "anyres" needs a checkpoint with image_newline, this one has none; use tiling "fixed" or "dris"'
+                )
+            kept = anyres_kept_window(scene.plan, self.config)
+            tokens = assemble_anyres(tiles, scene.plan.layout, self.config.tile_grid, kept, self.model.image_newline)
+        else:
+            tokens = torch.cat(tiles)
+        assert len(tokens) == scene.num_tokens  # count_tokens is the only source of placeholder counts
+        return tokens
+
+    @torch.inference_mode()
+    def prefill(self, sequences: Sequence[Prompt], capacity: int) -> tuple[npt.NDArray[np.float32], KvCache]:
+        """Prompts -> next-token logits [B, V] and the cache; see `Backend.prefill`.
+
+        Rows are padded on the right; a token's place is its index in its own row, so a row never notices its neighbours.
+        """
+        language = self._language()
+        longest = max(len(sequence.token_ids) for sequence in sequences)
+        if capacity < longest:
+            raise InputError(f"capacity must be at least the longest prompt ({longest} tokens), got {capacity}; raise it")
+        embeds = torch.stack([self._prompt_embeds(sequence, longest) for sequence in sequences])  # [B, N, Dl]
+        lengths = torch.tensor([len(sequence.token_ids) for sequence in sequences])
+        positions = torch.arange(longest).expand(len(sequences), -1)
+        cache = KvCache.empty(language.config, len(sequences), capacity, embeds)
+        hidden = language(embeds, positions, cache)
+        cache.lengths = lengths
+        return _numpy(language.logits(hidden[torch.arange(len(sequences)), lengths - 1])), cache
+
+    def _prompt_embeds(self, sequence: Prompt, length: int) -> Tensor:
+        """[length, Dl]: word embeddings with visual tokens in the places of the image placeholders, zeros after the end."""
+        language = self._language()
+        ids = torch.from_numpy(np.asarray(sequence.token_ids, dtype=np.int64))
+        places = ids == self.config.image_token_id
+        expected = sum(image.num_tokens for image in sequence.images)
+        if int(places.sum()) != expected:
+            raise InputError(
+                f"token_ids must hold one image placeholder ({self.config.image_token_id}) per visual token, expected {expected}, "
+                f"got {int(places.sum())}; build the prompt with count_tokens(plan)"
+            )
+        embeds = language.embed_tokens(ids.masked_fill(places, 0))  # [n, Dl]
+        if expected:
+            embeds[places] = torch.cat([image.handle.tokens for image in sequence.images])
+        return torch.nn.functional.pad(embeds, (0, 0, 0, length - len(ids)))
+
+    @torch.inference_mode()
+    def decode(self, cache: KvCache, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """One token per row -> logits [B, V]; see `Backend.decode`."""
+        language = self._language()
+        if int(cache.lengths.max()) >= cache.keys.shape[2]:
+            raise InputError(f"the cache holds {cache.keys.shape[2]} tokens a row and is full; prefill with a larger capacity")
+        embeds = language.embed_tokens(torch.from_numpy(np.asarray(token_ids, dtype=np.int64))[:, None])  # [B, 1, Dl]
+        hidden = language(embeds, cache.lengths[:, None], cache)
+        cache.lengths = cache.lengths + 1
+        return _numpy(language.logits(hidden[:, 0]))
+
+    def keep(self, cache: KvCache, rows: Sequence[int]) -> KvCache:
+        """See `Backend.keep`."""
+        return cache.keep(torch.tensor(list(rows), dtype=torch.long))
+
+    def embed_image(self, features: ImageFeatures) -> Embeddings:
+        """See `Backend.embed_image`."""
+        embeddings: Embeddings | None = features.handle.embeddings
+        if embeddings is None:
+            raise BackendError("this checkpoint has no alignment heads, so it cannot embed images; use one whose config has alignment")
+        return embeddings
+
+    @torch.inference_mode()
+    def embed_text(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+        """Texts -> [B, De]; see `Backend.embed_text`."""
+        if self.model.alignment is None:
+            raise BackendError("this checkpoint has no alignment heads, so it cannot embed text; use one whose config has alignment")
+        if any(len(ids) == 0 for ids in token_ids):
+            raise InputError("token_ids must hold at least one token per text, got an empty text; give every text a word")
+        lengths = torch.tensor([len(ids) for ids in token_ids])
+        padded = torch.zeros((len(token_ids), int(lengths.max())), dtype=torch.long)
+        for row, ids in enumerate(token_ids):
+            padded[row, : len(ids)] = torch.from_numpy(np.asarray(ids, dtype=np.int64))
+        return _numpy(self.model.embed_text(padded, lengths))
+
+    def _language(self) -> Any:
+        if self.model.language_model is None:
+            raise BackendError("this checkpoint has no language model (retrieval only); use embed_image and embed_text, or another one")
+        return self.model.language_model
+
+
+def _numpy(x: Tensor) -> npt.NDArray[np.float32]:
+    return x.float().numpy()

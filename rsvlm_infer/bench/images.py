@@ -1,0 +1,132 @@
+"""Which images a run measures, and what is known about them. Knows folders and wheels; opens no image and knows no model.
+
+In order: the folder that the user names, RSICD from the shared data folder when there is one, else the RSVQA scenes inside the
+wheel `configilm`, which pip can fetch on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import InputError
+from ..evaluation.datasets import IMAGE_SUFFIXES, RSICD_THEMES, Question, read_class_folders, read_rsicd, read_rsvqa
+
+RSVQA_MEMBERS = "configilm/extra/mock_data/RSVQA-"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with whatever truth there is: class, sentences, questions."""
+
+    name: str
+    path: Path
+    label: str | None = None
+    captions: tuple[str, ...] = ()
+    questions: tuple[Question, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in the order of measurement. `labels`: class -> the words that describe it."""
+
+    name: str
+    source: str
+    samples: tuple[Sample, ...]
+    labels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Short hash of the names in order and of the file lengths: two runs with equal digests measured the same files."""
+        lines = (f"{sample.name} {sample.path.stat().st_size}" for sample in self.samples)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def limited(self, limit: int | None, seed: int) -> ImageSet:
+        """At most `limit` images in a seeded random order."""
+        order = list(self.samples)
+        random.Random(seed).shuffle(order)
+        return ImageSet(self.name, self.source, tuple(order[:limit]), self.labels)
+
+
+def shared_folder() -> Path | None:
+    """The data folder named by RSVLM_DATA, or `../shared/data` seen from here; None when neither is there.
+
+    Raises:
+        InputError: RSVLM_DATA names no folder.
+    """
+    named = os.environ.get("RSVLM_DATA")
+    if named:
+        if not Path(named).is_dir():
+            raise InputError(f"RSVLM_DATA must name a folder, got {named!r}; correct or unset it")
+        return Path(named)
+    sibling = Path.cwd().parent / "shared" / "data"
+    return sibling if sibling.is_dir() else None
+
+
+def choose_images(
+    folder: Path | None, *, split: str, questions_per_image: int, seed: int, fetch_rsvqa: Callable[[], Path]
+) -> ImageSet:
+    """The images of a run; `fetch_rsvqa` is called for the fallback only and gives the folder that holds RSVQA-LR and RSVQA-HR.
+
+    Raises:
+        InputError: the folder holds no image or a damaged set.
+    """
+    if folder is not None:
+        return _from_folder(folder, split)
+    shared = shared_folder()
+    if shared is not None and (shared / "rsicd" / "captions.json").is_file():
+        return rsicd_images(shared / "rsicd", split)
+    return rsvqa_images(fetch_rsvqa(), questions_per_image, seed)
+
+
+def rsicd_images(folder: Path, split: str) -> ImageSet:
+    """RSICD's images of one split that are on this disk."""
+    images = [image for image in read_rsicd(folder, split) if image.path.is_file()]
+    if not images:
+        raise InputError(f"the images of RSICD's split {split!r} must lie in {folder / 'images'}, found none; restore them")
+    samples = tuple(Sample(image.path.name, image.path, image.theme, image.captions) for image in images)
+    themes = sorted({image.theme for image in images})
+    labels = RSICD_THEMES if set(themes) <= RSICD_THEMES.keys() else {theme: theme for theme in themes}
+    return ImageSet(f"RSICD {split}", str(folder), samples, dict(labels))
+
+
+def rsvqa_images(folder: Path, questions_per_image: int, seed: int) -> ImageSet:
+    """RSVQA's low- and high-resolution scenes with a seeded choice of their questions."""
+    samples: list[Sample] = []
+    for part in ("LR", "HR"):
+        by_image: dict[Path, list[Question]] = {}
+        for question in read_rsvqa(folder / f"RSVQA-{part}"):
+            by_image.setdefault(question.path, []).append(question)
+        for path, questions in by_image.items():
+            draw = random.Random(f"{seed} {part} {path.name}")
+            chosen = draw.sample(questions, min(questions_per_image, len(questions)))
+            samples.append(Sample(f"RSVQA-{part}/{path.name}", path, questions=tuple(chosen)))
+    return ImageSet("RSVQA LR+HR", str(folder), tuple(samples))
+
+
+def _from_folder(folder: Path, split: str) -> ImageSet:
+    if not folder.is_dir():
+        raise InputError(f"--images must name a folder, got {str(folder)!r}; check the path")
+    if (folder / "captions.json").is_file():
+        return rsicd_images(folder, split)
+    flat = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    if flat:
+        return ImageSet(folder.name, str(folder), tuple(Sample(path.name, path) for path in flat))
+    images = read_class_folders(folder)
+    samples = tuple(Sample(f"{image.label}/{image.path.name}", image.path, image.label) for image in images)
+    return ImageSet(folder.name, str(folder), samples, {label: _words(label) for label in sorted({image.label for image in images})})
+
+
+def _words(name: str) -> str:
+    """`AnnualCrop` and `dense_residential` as words."""
+    spaced = "".join(f" {letter}" if letter.isupper() else letter for letter in name.replace("_", " "))
+    return " ".join(spaced.lower().split())
+
+
+def rsvqa_members(names: Sequence[str]) -> list[str]:
+    """The wheel members that make up RSVQA: JSON and TIFF of both parts."""
+    return [name for name in names if name.startswith(RSVQA_MEMBERS) and name.endswith((".json", ".tif"))]

@@ -1,0 +1,252 @@
+"""One backend at one precision in one scenario, measured inside the process that calls. Knows RSVLM's public calls and the clock.
+
+What is timed is what a user does: `RSVLM.caption` on a path, file reading included. Warm-up images are not counted, and what
+is only needed to judge the answers runs after the clock and after the memory peak was taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError, MissingDependencyError
+from ..evaluation.datasets import Question
+from ..hardware import peak_rss_bytes
+from .images import ImageSet, Sample
+from .quality import caption_quality, class_quality, classify_samples, question_quality
+from .schema import STAGES, TOKEN_TIMES, Row, Scenario, Summary
+
+DEFAULT_MODEL = "rsvlm_infer.pipeline:RSVLM"
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every row of a run does; `limits` of None are the checkpoint's or the machine's own."""
+
+    checkpoint: str
+    images: ImageSet
+    repeats: int = 1
+    warmup: int = 2
+    offline_batch: int = 4
+    max_new_tokens: int = 32
+    tiling: str | None = None
+    threads: int | None = None
+    seed: int = 0
+    logits_images: int = 8
+    model: str = DEFAULT_MODEL  # module:class with RSVLM's public calls
+
+    def __post_init__(self) -> None:
+        for name, least in (("repeats", 1), ("warmup", 0), ("offline_batch", 1), ("max_new_tokens", 1), ("logits_images", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}; raise it")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads must be at least 1, got {self.threads}; raise it")
+        if not self.images.samples:
+            raise InputError("images must hold at least one image, got none; raise --images-limit or name another folder")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row, and what the agreement is made of: greedy tokens by image, first logits [n, V] of the first images."""
+
+    row: Row
+    token_ids: dict[str, list[int]]
+    logits: npt.NDArray[np.float32]
+
+
+def measure(work: Workload, backend: str, precision: str, scenario: Scenario, progress: Progress) -> Measurement:
+    """Loads the model, warms up, measures, then judges. `progress(done, total)` counts images and judged items.
+
+    Raises:
+        RsvlmError: whatever keeps the model from loading or an image from being read.
+    """
+    samples = work.images.samples
+    judged = sum((sample.label is not None) + len(sample.questions) for sample in samples)
+    logits_samples = samples[: work.logits_images]
+    counter = _Counter(progress, min(work.warmup, len(samples)) + work.repeats * len(samples) + len(logits_samples) + judged)
+
+    started = time.perf_counter()
+    model = load_model(work, backend, precision)
+    load_ms = (time.perf_counter() - started) * 1e3
+
+    for _ in _answers(model, work, scenario, list(samples[: work.warmup])):
+        counter.step()
+    passes = [_timed_pass(model, work, scenario, repeat, counter) for repeat in range(work.repeats)]
+    peak = peak_rss_bytes()
+
+    first = {sample.name: answer for sample, answer in passes[0].answers}
+    row = _row(backend, precision, scenario, passes)
+    quality: dict[str, float] = {}
+    try:
+        quality |= caption_quality({name: answer.text for name, answer in first.items()}, samples)
+    except MissingDependencyError:
+        pass  # the runner warns once for all rows
+    logits = first_logits(model, work, scenario, logits_samples, counter.step)
+    if work.images.labels:
+        quality |= class_quality(classify_samples(model, samples, work.images.labels, counter.step), samples)
+    quality |= question_quality(model, samples, counter.step)
+    row = dataclasses.replace(
+        row,
+        load_ms=load_ms,
+        peak_rss_bytes=peak or None,
+        disk_bytes=folder_bytes(Path(work.checkpoint)),
+        quality=quality,
+        answers={name: answer.text for name, answer in first.items()},
+    )
+    return Measurement(row, {name: [int(i) for i in answer.token_ids] for name, answer in first.items()}, logits)
+
+
+def load_model(work: Workload, backend: str, precision: str) -> Any:
+    """The model of a run, through its public constructor."""
+    module, _, name = work.model.partition(":")
+    return getattr(importlib.import_module(module), name).from_pretrained(work.checkpoint, backend=backend, precision=precision)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder, links followed."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def first_logits(
+    model: Any, work: Workload, scenario: Scenario, samples: tuple[Sample, ...], step: Callable[[], None]
+) -> npt.NDArray[np.float32]:
+    """Logits [n, V] after the prompt of each sample, in the scenario's own batches; [0, 0] for no samples."""
+    if not samples:
+        return np.zeros((0, 0), dtype=np.float32)
+    recorder = _Recorder(model.backend)
+    observed = type(model)(recorder, model.tokenizer)  # the same weights, seen through the recorder
+    for _ in _answers(observed, dataclasses.replace(work, max_new_tokens=1), scenario, list(samples)):
+        step()
+    return np.concatenate(recorder.logits).astype(np.float32)
+
+
+class _Recorder:
+    """A backend that keeps the logits of each prefill and leaves everything else alone."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.logits: list[npt.NDArray[np.float32]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def prefill(self, sequences: Any, capacity: int) -> Any:
+        logits, cache = self._backend.prefill(sequences, capacity)
+        self.logits.append(np.array(logits, dtype=np.float32))
+        return logits, cache
+
+
+@dataclass
+class _Counter:
+    """Counts steps towards a known total."""
+
+    progress: Progress
+    total: int
+    done: int = 0
+
+    def step(self) -> None:
+        self.done += 1
+        self.progress(self.done, self.total)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One repeat over all images."""
+
+    answers: list[tuple[Sample, Any]]
+    latencies_ms: list[float]
+    wall_s: float
+
+
+def _answers(model: Any, work: Workload, scenario: Scenario, samples: list[Sample]) -> Iterator[Any]:
+    options: dict[str, Any] = {"max_new_tokens": work.max_new_tokens}
+    if work.tiling is not None:
+        options["tiling"] = work.tiling
+    if scenario == "Offline":
+        paths = [sample.path for sample in samples]
+        yield from model.caption_many(paths, batch_size=work.offline_batch, strict=True, **options)
+    else:
+        for sample in samples:
+            yield model.caption(sample.path, **options)
+
+
+def _timed_pass(model: Any, work: Workload, scenario: Scenario, repeat: int, counter: _Counter) -> _Pass:
+    """All images once, in an order of this repeat's own."""
+    order = list(work.images.samples)
+    random.Random(f"{work.seed} {repeat}").shuffle(order)
+    answers, latencies = [], []
+    started = previous = time.perf_counter()
+    for answer in _answers(model, work, scenario, order):
+        now = time.perf_counter()
+        latencies.append((now - previous) * 1e3)
+        answers.append(answer)
+        counter.step()
+        previous = time.perf_counter()  # the progress report is not the model's time
+    wall_s = time.perf_counter() - started
+    if scenario == "SingleStream":
+        wall_s = sum(latencies) / 1e3
+    return _Pass(list(zip(order, answers, strict=True)), latencies, wall_s)
+
+
+def _row(backend: str, precision: str, scenario: Scenario, passes: list[_Pass]) -> Row:
+    answers = [answer for each in passes for _, answer in each.answers]
+    wall_s = sum(each.wall_s for each in passes)
+    latencies = [value for each in passes for value in each.latencies_ms]
+    pixels = sum(answer.plan.scene_height * answer.plan.scene_width for answer in answers)
+    generated = sum(answer.tokens.generated for answer in answers)
+    several = [answer for answer in answers if answer.tokens.generated > 1]  # one token has no time per further token
+    token_times = {"ttft_ms": answers, "tpot_ms": several}
+    single = scenario == "SingleStream"
+    return Row(
+        backend=backend,
+        precision=precision,
+        scenario=scenario,
+        images=len(passes[0].answers),
+        repeats=len(passes),
+        latency_ms=Summary.of(latencies) if single else None,
+        samples_ms=tuple(round(value, 3) for value in latencies) if single else (),
+        stages={name: Summary.of([getattr(answer.timings, name) for answer in answers]) for name in STAGES},
+        token_times={name: Summary.of([getattr(a.timings, name) for a in token_times[name]]) for name in TOKEN_TIMES if token_times[name]},
+        images_per_s=len(answers) / wall_s,
+        mpix_per_s=pixels / 1e6 / wall_s,
+        tokens_per_s=generated / wall_s,
+        visual_tokens=sum(answer.tokens.visual for answer in answers) / len(answers),
+        generated_tokens=generated / len(answers),
+    )
+
+
+def workload_to_dict(work: Workload) -> dict[str, Any]:
+    """JSON values of a workload, for the process that measures."""
+    values = dataclasses.asdict(work)
+    for sample in values["images"]["samples"]:
+        sample["path"] = str(sample["path"])
+        for question in sample["questions"]:
+            question["path"] = str(question["path"])
+    return values
+
+
+def workload_from_dict(values: dict[str, Any]) -> Workload:
+    """The workload behind `workload_to_dict`."""
+    images = values["images"]
+    samples = tuple(
+        Sample(
+            name=each["name"],
+            path=Path(each["path"]),
+            label=each["label"],
+            captions=tuple(each["captions"]),
+            questions=tuple(Question(**{**question, "path": Path(question["path"])}) for question in each["questions"]),
+        )
+        for each in images["samples"]
+    )
+    return Workload(**{**values, "images": ImageSet(images["name"], images["source"], samples, images["labels"])})

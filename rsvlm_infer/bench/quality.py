@@ -1,0 +1,91 @@
+"""How right a model's answers are on labelled images. Knows RSVLM's public calls and the metrics, no backend and no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.answers import exact_match, match_by_class
+from ..evaluation.captions import caption_scores
+from ..evaluation.retrieval import retrieval_scores, retrieval_texts
+from ..tasks.retrieve import alignment_scores, require_alignment
+from .images import Sample
+
+ANSWER_TOKENS = 16
+# RSVQA's questions with a closed set of answers are asked as constrained choices, as its own baselines classify them.
+CLOSED_ANSWERS = {"presence": ("yes", "no"), "comp": ("yes", "no"), "rural_urban": ("rural", "urban")}
+
+Step = Callable[[], None]
+
+
+def caption_quality(captions: Mapping[str, str], samples: Sequence[Sample]) -> dict[str, float]:
+    """BLEU-4, ROUGE-L and CIDEr of the samples that have reference sentences; nothing when none has.
+
+    Raises:
+        MissingDependencyError: the extra [eval] is not installed.
+    """
+    references = {sample.name: sample.captions for sample in samples if sample.captions and sample.name in captions}
+    if not references:
+        return {}
+    scores = caption_scores({name: captions[name] for name in references}, references)
+    return {"bleu_4": scores.bleu_4, "rouge_l": scores.rouge_l, "cider": scores.cider}
+
+
+def classify_samples(model: Any, samples: Sequence[Sample], labels: Mapping[str, str], step: Step) -> dict[str, str]:
+    """Predicted class of every sample that has a true one, by sample name."""
+    classes = {words: name for name, words in labels.items()}
+    predicted = {}
+    for sample in samples:
+        if sample.label is not None:
+            predicted[sample.name] = classes[model.classify(sample.path, list(classes)).label]
+            step()
+    return predicted
+
+
+def class_quality(predicted: Mapping[str, str], samples: Sequence[Sample]) -> dict[str, float]:
+    """`class_accuracy` over all, and the mean of the classes' own; nothing without labels."""
+    truths = {sample.name: sample.label for sample in samples if sample.label is not None and sample.name in predicted}
+    if not truths:
+        return {}
+    guesses = [predicted[name] for name in truths]
+    expected = list(truths.values())
+    by_class = match_by_class(guesses, expected)
+    return {"class_accuracy": exact_match(guesses, expected), "class_accuracy_mean": sum(by_class.values()) / len(by_class)}
+
+
+def question_quality(model: Any, samples: Sequence[Sample], step: Step) -> dict[str, float]:
+    """Exact match of the answers, over all questions and by kind; nothing without questions."""
+    kinds, answers, truths = [], [], []
+    for sample in samples:
+        for question in sample.questions:
+            choices = CLOSED_ANSWERS.get(question.kind)
+            answer = model.ask(sample.path, question.question, choices=choices, max_new_tokens=ANSWER_TOKENS)
+            kinds.append(question.kind)
+            answers.append(answer.text)
+            truths.append(question.answer)
+            step()
+    if not truths:
+        return {}
+    scores = {"answer_accuracy": exact_match(answers, truths)}
+    for kind in sorted(set(kinds)):
+        chosen = [i for i, each in enumerate(kinds) if each == kind]
+        scores[f"answer_accuracy_{kind}"] = exact_match([answers[i] for i in chosen], [truths[i] for i in chosen])
+    return scores
+
+
+def retrieval_quality(model: Any, samples: Sequence[Sample], step: Step) -> dict[str, float]:
+    """Recalls both ways over the samples that have sentences; nothing when none has."""
+    captioned = [sample for sample in samples if sample.captions]
+    if not captioned:
+        return {}
+    alignment = require_alignment(model.config)
+    texts, positives = retrieval_texts({sample.name: sample.captions for sample in captioned})
+    distinct = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    embedded = model.embed_text(list(distinct))[[distinct[text] for text in texts]]  # [M, De]
+    rows = []
+    for sample in captioned:
+        rows.append(alignment_scores(model.embed_levels(sample.path), embedded, alignment))
+        step()
+    return retrieval_scores(np.stack(rows), positives).to_dict()

@@ -1,0 +1,153 @@
+"""Owns what `rsvlm info` and `rsvlm doctor` say. Knows checkpoint folders and this machine, runs no model."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import backends, hardware
+from ..config import RsvlmConfig
+from ..errors import CheckpointError
+from ..pipeline import DEFAULT_NAME, default_checkpoint
+
+PACKAGED_CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The same facts for programs and for people."""
+
+    values: dict[str, Any]
+    text: str
+
+
+def planning_config(checkpoint: Path | None) -> RsvlmConfig:
+    """The config to plan with: of the given checkpoint, else of the pulled default, else the one that comes with the package.
+
+    Planning needs no weights, so the packaged config makes the same plans as the default checkpoint.
+
+    Raises:
+        CheckpointError: no such folder. ConfigError: a bad config.
+    """
+    if checkpoint is not None:
+        return RsvlmConfig.from_json(_folder(checkpoint) / "config.json")
+    pulled = default_checkpoint() / "config.json"
+    return RsvlmConfig.from_json(pulled if pulled.is_file() else PACKAGED_CHECKPOINTS / DEFAULT_NAME / "config.json")
+
+
+def checkpoint_report(checkpoint: Path | None) -> Report:
+    """Modules, config and files of a checkpoint.
+
+    Raises:
+        CheckpointError: no such folder. ConfigError: a bad config.
+    """
+    folder = _folder(default_checkpoint() if checkpoint is None else checkpoint)
+    config = RsvlmConfig.from_json(folder / "config.json")
+    files = [
+        {"file": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+    values = {
+        "checkpoint": str(folder),
+        "modules": modules(config),
+        "tiling": config.tiling,
+        "bytes": sum(int(str(entry["bytes"])) for entry in files),
+        "files": files,
+        "config": config.to_dict(),
+    }
+    lines = [f"checkpoint  {folder}", f"tiling      {config.tiling}", f"size        {_size(values['bytes'])}", "", "modules"]
+    lines += [f"  {name:<13} {text or 'off'}" for name, text in values["modules"].items()]
+    lines += ["", "files"]
+    lines += [f"  {entry['sha256']}  {_size(entry['bytes']):>10}  {entry['file']}" for entry in files]
+    return Report(values, "\n".join(lines))
+
+
+def modules(config: RsvlmConfig) -> dict[str, str | None]:
+    """Each part of the model in a few words; None = off, which means absent."""
+    vision, language, projector, text, alignment, augmentation, experts = (
+        config.vision,
+        config.language,
+        config.projector,
+        config.text_encoder,
+        config.alignment,
+        config.augmentation,
+        config.experts,
+    )
+    return {
+        "vision": f"{vision.family}, {vision.num_layers} layers, width {vision.hidden_size}, {vision.patch_size}-px patches, "
+        f"taps {list(vision.taps)}",
+        "projector": projector and f"width {projector.hidden_size}, pixel shuffle {projector.pixel_shuffle}",
+        "language": language
+        and f"{language.family}, {language.num_layers} layers, width {language.hidden_size}, context {language.max_positions}",
+        "text_encoder": text and f"{text.num_layers} layers, width {text.hidden_size}",
+        "alignment": alignment
+        and f"{', '.join(alignment.levels)}, width {alignment.embed_size}, text from {alignment.text_source}",
+        "augmentation": augmentation and f"{augmentation.cues_per_level} cues per level",
+        "experts": experts and f"{experts.num_experts} experts, top {experts.top_k}, {experts.kind}",
+    }
+
+
+def doctor_report() -> Report:
+    """This machine, the optional libraries, what can run, the default checkpoint, and the next steps."""
+    machine = hardware.probe()
+    reasons = {name: backends.why_not(name) for name in backends.BACKENDS}
+    checkpoint = default_checkpoint()
+    present = (checkpoint / "config.json").is_file()
+    steps = [f"backend {name}: {reason}" for name, reason in reasons.items() if reason is not None]
+    if machine.native_why_not is not None:
+        steps.append(f"slower preprocessing: {machine.native_why_not}")
+    if machine.libraries.get("rasterio") is None:
+        steps.append('GeoTIFFs without georeference and windows: pip install "rsvlm-infer[geo]"')
+    if not present:
+        steps.append("no default checkpoint: rsvlm pull")
+    values: dict[str, Any] = {
+        "hardware": machine.to_dict(),
+        "backends": {
+            name: {"can_run": reason is None, "why_not": reason, "precisions": list(backends.BACKENDS[name])}
+            for name, reason in reasons.items()
+        },
+        "checkpoint": {"path": str(checkpoint), "present": present},
+        "next_steps": steps,
+    }
+    memory = _size(machine.memory_bytes) if machine.memory_bytes else "unknown"
+    lines = [
+        f"machine     {machine.cpu}, {machine.cores} cores, {memory} memory",
+        f"            {' '.join(machine.flags) or 'no known CPU flags'}",
+        f"system      {machine.system}, Python {machine.python}",
+        f"native      {machine.native_why_not or 'rsvlm_infer._C is there'}",
+        f"checkpoint  {checkpoint} {'is there' if present else 'is absent'}",
+        "",
+        "backends",
+    ]
+    lines += [
+        f"  {name:<14} {'can run: ' + ', '.join(backends.BACKENDS[name]) if reason is None else 'cannot run: ' + reason}"
+        for name, reason in reasons.items()
+    ]
+    lines += ["", "libraries"]
+    lines += [f"  {name:<14} {version or 'not installed'}" for name, version in machine.libraries.items()]
+    lines += ["", "next steps", *(f"  {step}" for step in steps or ["none: everything is ready"])]
+    return Report(values, "\n".join(lines))
+
+
+def _folder(checkpoint: Path) -> Path:
+    folder = checkpoint.expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint folder {folder} does not exist; pass a checkpoint folder, or run `rsvlm pull`")
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"

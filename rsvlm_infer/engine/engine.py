@@ -1,0 +1,171 @@
+"""Owns the loop from prompts to tokens: prefill, choose, decode until every row is done. Knows no text, no raster, no framework."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..backends.base import Backend, Prompt
+from ..errors import InputError
+from .choices import ChoiceTrie
+from .request import ChoiceScores, FinishReason, Request, TokenEvent
+from .sampling import choose_token, log_softmax
+
+
+class Engine:
+    """Generates with one backend; at most `max_batch` rows share a KV cache."""
+
+    def __init__(self, backend: Backend, max_batch: int = 16) -> None:
+        if max_batch < 1:
+            raise InputError(f"max_batch must be at least 1, got {max_batch}; raise it")
+        self.backend = backend
+        self.max_batch = max_batch
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
+        """Tokens of all requests as they are chosen; each request's last event is `finished`.
+
+        Prompts may differ in length and in images. A finished row leaves the batch and costs nothing more.
+
+        Raises:
+            InputError: a prompt that does not fit the model, before anything runs.
+        """
+        for index, request in enumerate(requests):
+            self.check(request, index)
+        return self._run(requests)
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
+        for first in range(0, len(requests), self.max_batch):
+            rows = [_Row(first + i, request) for i, request in enumerate(requests[first : first + self.max_batch])]
+            capacity = max(row.request.token_ids.size + row.request.max_new_tokens for row in rows)
+
+            started = time.perf_counter()
+            logits, cache = self.backend.prefill([row.request.prompt for row in rows], capacity)  # [B, V]
+            while True:
+                chosen = [row.choose(logits[i]) for i, row in enumerate(rows)]
+                step_ms = (time.perf_counter() - started) * 1e3
+                for row, token_id in zip(rows, chosen, strict=True):
+                    yield TokenEvent(row.index, token_id, step_ms, row.finish_reason)
+
+                started = time.perf_counter()
+                alive = [i for i, row in enumerate(rows) if row.finish_reason is None]
+                if not alive:
+                    break
+                if len(alive) < len(rows):
+                    cache = self.backend.keep(cache, alive)
+                    rows = [rows[i] for i in alive]
+                logits = self.backend.decode(cache, np.array([chosen[i] for i in alive], dtype=np.int32))
+
+    def score_choices(self, prompt: Prompt, choices: Sequence[Sequence[int]]) -> ChoiceScores:
+        """Mean log-probability per token of each choice after one prompt, by teacher forcing.
+
+        The prompt is prefilled once per `max_batch` choices; choices that begin alike share their rows.
+
+        Raises:
+            InputError: an empty, repeated or too long choice, or a prompt that does not fit the model.
+        """
+        ordered = [tuple(int(token_id) for token_id in choice) for choice in choices]
+        longest = ChoiceTrie(ordered).longest
+        self.check(Request(prompt.token_ids, prompt.images, max_new_tokens=longest))
+        self._check_ids(np.array([token_id for choice in ordered for token_id in choice]), "choices", 0)
+        log_probs = np.zeros(len(ordered))
+        prefill_ms = decode_ms = 0.0
+        for first in range(0, len(ordered), self.max_batch):
+            group = range(first, min(first + self.max_batch, len(ordered)))
+            started = time.perf_counter()
+            logits, cache = self.backend.prefill([prompt], prompt.token_ids.size + longest)  # [1, V]
+            prefilled = time.perf_counter()
+            rows: dict[tuple[int, ...], int] = {(): 0}  # prefix -> row of the cache
+            for depth in range(longest):
+                row_log_probs = log_softmax(logits)
+                for i in group:
+                    if len(ordered[i]) > depth:
+                        log_probs[i] += row_log_probs[rows[ordered[i][:depth]], ordered[i][depth]]
+                prefixes = list(dict.fromkeys(ordered[i][: depth + 1] for i in group if len(ordered[i]) > depth + 1))
+                if not prefixes:
+                    break
+                cache = self.backend.keep(cache, [rows[prefix[:-1]] for prefix in prefixes])
+                logits = self.backend.decode(cache, np.array([prefix[-1] for prefix in prefixes], dtype=np.int32))
+                rows = {prefix: row for row, prefix in enumerate(prefixes)}
+            prefill_ms += (prefilled - started) * 1e3
+            decode_ms += (time.perf_counter() - prefilled) * 1e3
+        lengths = np.array([len(choice) for choice in ordered])
+        return ChoiceScores(log_probs / lengths, prefill_ms, decode_ms)
+
+    def check(self, request: Request, index: int = 0) -> None:
+        """Contracts on the host, once, before a launch.
+
+        Raises:
+            InputError: no language model, a wrong count of placeholders, ids out of the vocabulary, or too many tokens.
+        """
+        config = self.backend.config
+        if config.language is None:
+            raise InputError(
+                "this checkpoint has no language model, so it cannot generate; use classify, embed_image or embed_text"
+            )
+        placeholders = request.token_ids == config.image_token_id
+        visual = sum(image.num_tokens for image in request.images)
+        if int(placeholders.sum()) != visual:
+            raise InputError(
+                f"request {index}: image placeholders must equal the visual tokens {visual}, got {int(placeholders.sum())}; "
+                "build the prompt with count_tokens(plan)"
+            )
+        self._check_ids(request.token_ids[~placeholders], "token_ids", index)
+        needed, context = request.token_ids.size + request.max_new_tokens, config.language.max_positions
+        if needed > context:
+            raise InputError(
+                f"request {index}: prompt of {request.token_ids.size} tokens ({visual} of them visual) and max_new_tokens="
+                f"{request.max_new_tokens} need {needed} positions, but the model has {context}; lower max_visual_tokens, "
+                "max_tiles or max_new_tokens, or shorten the prompt"
+            )
+
+    def _check_ids(self, token_ids: npt.NDArray[np.integer], name: str, index: int) -> None:
+        language = self.backend.config.language
+        if (
+            language is not None
+            and token_ids.size
+            and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < language.vocab_size
+        ):
+            raise InputError(
+                f"request {index}: {name} must be in 0..{language.vocab_size - 1}, got {token_ids.min()}..{token_ids.max()}; "
+                "use this checkpoint's tokenizer"
+            )
+
+
+class _Row:
+    """The progress of one request: its draws, its place in the choice trie, and why it ended."""
+
+    def __init__(self, index: int, request: Request) -> None:
+        self.index = index
+        self.request = request
+        self.finish_reason: FinishReason | None = None
+        self.count = 0
+        self.generator = np.random.default_rng(request.seed)
+        self.node = None if request.allowed is None else ChoiceTrie(request.allowed).root
+
+    def choose(self, logits: npt.NDArray[np.float32]) -> int:
+        """The next token id from logits [V]; sets `finish_reason` when it is the last one."""
+        request = self.request
+        token_id = choose_token(logits, request.temperature, request.top_p, self.generator, self._allowed_ids())
+        self.count += 1
+        if self.node is not None:
+            self.node = self.node.children.get(token_id)
+            if self.node is None or not self.node.children:
+                self.finish_reason = "choice" if self.node is not None else "stop_id"
+        elif token_id in request.stop_ids:
+            self.finish_reason = "stop_id"
+        if self.finish_reason != "stop_id" and request.on_token is not None and request.on_token(token_id):
+            self.finish_reason = self.finish_reason or "stop_text"
+        if self.finish_reason is None and self.count >= request.max_new_tokens:
+            self.finish_reason = "length"
+        return token_id
+
+    def _allowed_ids(self) -> npt.NDArray[np.int64] | None:
+        if self.node is None:
+            return None
+        ids = list(self.node.children)
+        if self.node.complete:
+            ids.append(self.request.stop_ids[0])
+        return np.array(sorted(ids), dtype=np.int64)

@@ -1,0 +1,171 @@
+"""Owns the reading of a plan's tiles and their packing into one array of patches. Knows no weights and no text.
+
+Memory stays bounded: tiles are read and packed in chunks, and a tile of a huge raster is read at 2 to 3 times the resolution
+that the encoder gets, not natively.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..config import RsvlmConfig
+from ..errors import InputError
+from ..ops.pack_tiles import RESAMPLES
+from ..ops.registry import resolve
+from .plan import Tile, TilePlan, count_tokens
+from .source import Scene
+
+EXACT_SCENE_PX = 1 << 25  # rasters up to 33 Mpx are read natively, so that their tiles equal the published processors'
+EXACT_MEMORY_PX = 1 << 28  # images in memory cost no decoding; only square padding of a thin strip can exceed this
+CANVAS_PX = 1 << 26  # largest canvas: 192 MiB
+_CHUNK_BYTES = 1 << 26  # source pixels that wait for one call of pack_tiles
+
+
+@dataclass(frozen=True, eq=False)
+class PackedScene:
+    """One scene, ready for the vision encoder.
+
+    Attributes:
+        patches: float32 [S, 3 * p * p], normalised; tiles in plan order, patches row-major, (channel, y, x) inside a patch.
+        cu_seqlens: int32 [T + 1], patch offsets of the tiles.
+        grids: int32 [T, 2], patch rows and columns of the tiles.
+        boxes: float32 [T, 4], (cx, cy, w, h) of the tiles as shares of the scene.
+        plan: what was packed.
+        num_tokens: visual tokens that the language model gets.
+        scene: name, height, width, gsd_native_m, gsd_effective_m (metres per encoded pixel of the best resolved tile, None
+            when the source does not say).
+    """
+
+    patches: NDArray[np.float32]
+    cu_seqlens: NDArray[np.int32]
+    grids: NDArray[np.int32]
+    boxes: NDArray[np.float32]
+    plan: TilePlan
+    num_tokens: int
+    scene: dict[str, Any]
+
+
+def pack_scene(scene: Scene, plan: TilePlan, config: RsvlmConfig, implementation: str = "auto") -> PackedScene:
+    """Reads every tile of `plan` from `scene` and packs it.
+
+    Rasters up to 33 Mpx and all images in memory are read natively, so each tile is resampled exactly as the published image
+    processors do it. Of larger rasters, a tile is first reduced by area means to at least twice its canvas.
+
+    Args:
+        implementation: of the op `pack_tiles`: "auto", "eager" or "native".
+
+    Raises:
+        InputError: the plan is not of this scene, or its canvas is too large (very thin scenes with fit "crop").
+        ImageReadError: the scene cannot be decoded.
+    """
+    if (plan.scene_height, plan.scene_width) != (scene.height, scene.width):
+        raise InputError(
+            f"plan must be made for this scene of {scene.height} x {scene.width} px, got one for {plan.scene_height} x "
+            f"{plan.scene_width}; call plan_scene with the scene's size"
+        )
+    pack_tiles = resolve("pack_tiles", implementation)
+    preprocess, patch = config.preprocess, config.vision.patch_size
+    fill = (0, 0, 0) if plan.tiling == "anyres" else preprocess.pad_value  # LLaVA-NeXT pads with raw zeros
+    offsets = plan.cu_seqlens
+    patches = np.empty((int(offsets[-1]), 3 * patch * patch), dtype=np.float32)  # [S, 3*p*p]
+
+    images: list[NDArray[np.uint8]] = []
+    start = 0
+
+    def flush(stop: int) -> None:
+        tiles = plan.tiles[start:stop]
+        patches[offsets[start] : offsets[stop]] = pack_tiles(
+            images,
+            np.array([tile.canvas for tile in tiles], dtype=np.int64),
+            np.array([tile.crop for tile in tiles], dtype=np.int64),
+            np.array([tile.grid for tile in tiles], dtype=np.int64),
+            patch,
+            preprocess.mean,
+            preprocess.std,
+            preprocess.resample,
+            fill,
+        )
+        images.clear()
+
+    for index, tile in enumerate(plan.tiles):
+        if tile.canvas[0] * tile.canvas[1] > CANVAS_PX:
+            raise InputError(
+                f"scene {scene.name} of {scene.height} x {scene.width} px is too thin for a canvas of {tile.canvas[0]} x "
+                f'{tile.canvas[1]} px; use tiling "dris", or cut the scene'
+            )
+        if index > 0 and _same_source(tile, plan.tiles[index - 1]):
+            images.append(images[-1])  # anyres: all tiles but the base are cut from one canvas
+        else:
+            if sum(image.nbytes for image in images) > _CHUNK_BYTES:
+                flush(index)
+                start = index
+            pixels = _read_tile(scene, tile, preprocess.pad_value)
+            if index + 1 < len(plan.tiles) and _same_source(tile, plan.tiles[index + 1]):
+                pixels = _resized(pixels, tile.canvas, preprocess.resample)  # once for all of them
+            images.append(pixels)
+    flush(len(plan.tiles))
+
+    gsd = scene.gsd_native_m
+    return PackedScene(
+        patches=patches,
+        cu_seqlens=offsets,
+        grids=plan.grids,
+        boxes=plan.boxes,
+        plan=plan,
+        num_tokens=count_tokens(plan, config),
+        scene={
+            "name": scene.name,
+            "height": scene.height,
+            "width": scene.width,
+            "gsd_native_m": gsd,
+            "gsd_effective_m": None if gsd is None else gsd * plan.scale,
+        },
+    )
+
+
+def _same_source(tile: Tile, other: Tile) -> bool:
+    """Whether two tiles are crops of the same canvas of the same window."""
+    corner = (tile.row_off, tile.col_off, tile.height, tile.width, tile.canvas)
+    return corner == (other.row_off, other.col_off, other.height, other.width, other.canvas)
+
+
+def _read_tile(scene: Scene, tile: Tile, pad_value: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """The tile's window, native or reduced, padded where it reaches beyond the scene: uint8 [h, w, 3]."""
+    reduction = _reduction(scene, tile)
+    height, width = math.ceil(tile.height / reduction), math.ceil(tile.width / reduction)
+    top, bottom = max(tile.row_off, 0), min(tile.row_off + tile.height, scene.height)
+    left, right = max(tile.col_off, 0), min(tile.col_off + tile.width, scene.width)
+    y0, y1 = _span(top - tile.row_off, bottom - tile.row_off, tile.height, height)
+    x0, x1 = _span(left - tile.col_off, right - tile.col_off, tile.width, width)
+    rgb, _ = scene.read(top, left, bottom - top, right - left, y1 - y0, x1 - x0)
+    if (y1 - y0, x1 - x0) == (height, width):
+        return rgb
+    padded = np.empty((height, width, 3), dtype=np.uint8)
+    padded[:] = np.asarray(pad_value, dtype=np.uint8)
+    padded[y0:y1, x0:x1] = rgb
+    return padded
+
+
+def _reduction(scene: Scene, tile: Tile) -> int:
+    """Native pixels per read pixel along each side; 1 = native."""
+    limit = EXACT_MEMORY_PX if scene.in_memory else EXACT_SCENE_PX
+    if max(scene.height * scene.width, tile.height * tile.width) <= limit:
+        return 1
+    return max(1, min(tile.height // tile.canvas[0], tile.width // tile.canvas[1]) // 2)
+
+
+def _span(start: int, stop: int, native: int, out: int) -> tuple[int, int]:
+    """Native positions start..stop of a side of `native` pixels on a side of `out` pixels, at least one pixel long."""
+    first = min(round(start * out / native), out - 1)
+    return first, max(first + 1, round(stop * out / native))
+
+
+def _resized(pixels: NDArray[np.uint8], canvas: tuple[int, int], resample: str) -> NDArray[np.uint8]:
+    image = Image.fromarray(pixels).resize((canvas[1], canvas[0]), RESAMPLES[resample])
+    return np.asarray(image)

@@ -1,0 +1,122 @@
+"""Owns how band values become grey levels: one stretch per scene, area averages. Knows no files, plans or models.
+
+A stretch is fitted once on the valid pixels of a scene's overview and then used for every window, because a stretch per
+window would give the same ground two colours (a 20 % zero collar alone moves the 2 % percentile from 883 to 0).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+PERCENTILES = (2.0, 98.0)
+_CHUNK_PX = 1 << 20  # values are mapped in float64; this bounds the scratch memory to 8 MiB
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Linear map of each band: `low` becomes grey level 0, `high` becomes 255, values beyond are clipped."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def apply(self, values: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        """Band values [h, w, C] of any real dtype -> grey levels uint8 [h, w, C]; invalid values become 0."""
+        grey = np.empty(values.shape, dtype=np.uint8)
+        integer = values.dtype.kind in "iu" and values.dtype.itemsize <= 2
+        rows = max(1, _CHUNK_PX // max(1, values.shape[1]))
+        for band, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
+            if integer:  # a table over all bit patterns: exact and several times faster than float arithmetic
+                bits = np.dtype(f"u{values.dtype.itemsize}")
+                every = np.arange(1 << (8 * values.dtype.itemsize), dtype=bits)
+                grey[..., band] = _map_linear(every.view(values.dtype), low, high)[values[..., band].view(bits)]
+            else:
+                for start in range(0, values.shape[0], rows):
+                    grey[start : start + rows, :, band] = _map_linear(values[start : start + rows, :, band], low, high)
+            if not valid[..., band].all():
+                grey[..., band][~valid[..., band]] = 0
+        return grey
+
+
+def fit_stretch(values: NDArray[Any], valid: NDArray[np.bool_]) -> Stretch:
+    """The 2-98 percentile stretch of each band, over its valid values only.
+
+    Args:
+        values: [h, w, C], an overview of the scene, any real dtype.
+        valid: bool [h, w, C].
+
+    Returns:
+        One range per band. Where the percentiles meet, the range is min..max; a constant band maps to middle grey.
+    """
+    lows, highs = [], []
+    for band in range(values.shape[2]):
+        usable = values[..., band][valid[..., band]].astype(np.float64)
+        if usable.size == 0:
+            low, high = 0.0, 1.0
+        else:
+            low, high = (float(edge) for edge in np.percentile(usable, PERCENTILES))
+            if not high > low:
+                low, high = float(usable.min()), float(usable.max())
+            if not high > low:
+                low, high = math.nextafter(low, -math.inf) - 1.0, math.nextafter(high, math.inf) + 1.0
+        lows.append(low)
+        highs.append(high)
+    return Stretch(tuple(lows), tuple(highs))
+
+
+def to_rgb(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """uint8 [h, w, 1 or 3] -> uint8 [h, w, 3], contiguous."""
+    return np.ascontiguousarray(np.repeat(grey, 3, axis=2) if grey.shape[2] == 1 else grey)
+
+
+def area_average(
+    values: NDArray[Any],
+    valid: NDArray[np.bool_],
+    out_height: int,
+    out_width: int,
+    row_span: tuple[float, float] | None = None,
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Mean of the valid values under each output pixel.
+
+    Args:
+        values: [h, w, C], any real dtype. Means are computed in float32 and rounded back to an integer dtype.
+        valid: bool [h, w, C].
+        out_height, out_width: output shape in pixels.
+        row_span: first and last row to average over, may lie between rows; default 0..h.
+
+    Returns:
+        Values [out_height, out_width, C] of the same dtype, and bool: True where at least one valid value contributed.
+    """
+    if values.shape[:2] == (out_height, out_width):
+        return values, valid
+    top, bottom = row_span or (0.0, float(values.shape[0]))
+    size, box = (out_width, out_height), (0.0, top, float(values.shape[1]), bottom)
+    out = np.zeros((out_height, out_width, values.shape[2]), dtype=values.dtype)
+    out_valid = np.ones(out.shape, dtype=np.bool_)
+    for band in range(values.shape[2]):
+        if valid[..., band].all():
+            mean = _mean(values[..., band], size, box)
+        else:
+            share = _mean(valid[..., band], size, box)
+            out_valid[..., band] = share > 1e-6  # float32 noise of the filter is near 1e-8
+            total = _mean(np.where(valid[..., band], values[..., band], 0), size, box)
+            mean = np.divide(total, share, out=np.zeros_like(total), where=out_valid[..., band])
+        out[..., band] = np.rint(mean) if values.dtype.kind in "iub" else mean
+    return out, out_valid
+
+
+def _map_linear(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
+    """Round-half-up of (values - low) / (high - low) * 255, clipped; NaN becomes 0."""
+    scaled = (values.astype(np.float64) - low) * (255.0 / (high - low)) + 0.5
+    return np.nan_to_num(np.clip(scaled, 0.0, 255.0), nan=0.0).astype(np.uint8)
+
+
+def _mean(channel: NDArray[Any], size: tuple[int, int], box: tuple[float, float, float, float]) -> NDArray[np.float32]:
+    """Plain area mean of [h, w] inside box (left, top, right, bottom) -> float32 [size[1], size[0]]."""
+    image = Image.fromarray(np.ascontiguousarray(channel, dtype=np.float32))
+    return np.asarray(image.resize(size, Image.Resampling.BOX, box=box), dtype=np.float32)

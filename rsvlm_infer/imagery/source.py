@@ -1,0 +1,427 @@
+"""Owns what a scene is and how plain images and arrays become one. Knows no raster format (geo.py), plan or model.
+
+Nothing here touches the network: an address is refused before anything opens it.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import re
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import ImageReadError, InputError, MissingDependencyError
+from .radiometry import Stretch, area_average, fit_stretch, to_rgb
+
+DEFAULT_MAX_PIXELS = 1 << 27  # 134 Mpx: about 1 GiB while a plain RGB image is decoded
+OVERVIEW_PX = 1024
+_STRIP_PX = 1 << 23  # native pixels that one read holds at once
+
+StretchChoice = Literal["auto", "percentile", "none"] | tuple[float, float]
+
+_log = logging.getLogger(__name__)
+_pillow_limit = threading.Lock()  # Pillow keeps its bomb limit in a module global
+_ADDRESS = re.compile(r"^(?:[A-Za-z][A-Za-z0-9+.\-]+:/|/vsi)")  # two letters or more: "C:/" is a path
+_RASTER_MAGIC = {  # first bytes -> GDAL driver
+    b"II*\0": "GTiff",
+    b"MM\0*": "GTiff",
+    b"II+\0": "GTiff",
+    b"MM\0+": "GTiff",
+    b"\0\0\0\x0cjP  ": "JP2OpenJPEG",
+    b"\xff\x4f\xff\x51": "JP2OpenJPEG",
+}
+_GEO_TAGS = (33550, 33922, 34264, 34735)
+
+
+class Scene(ABC):
+    """One image of the ground, read by windows. Use it as a context manager, or call `close`.
+
+    Attributes:
+        name: what messages call it.
+        height, width: pixels of the whole scene.
+        count: bands in the source.
+        dtype: numpy name of the band values.
+        gsd_native_m: ground metres per pixel, None when the source does not say.
+        crs: coordinate reference system as text, or None.
+        transform: affine (a, b, c, d, e, f) from (column, row) to crs coordinates, or None.
+        bounds: (left, bottom, right, top) in crs units, or None.
+        in_memory: a native read costs no decoding.
+    """
+
+    name: str
+    height: int
+    width: int
+    count: int
+    dtype: str
+    gsd_native_m: float | None = None
+    crs: str | None = None
+    transform: tuple[float, float, float, float, float, float] | None = None
+    bounds: tuple[float, float, float, float] | None = None
+    in_memory: bool = False
+    _stretch_choice: StretchChoice = "auto"
+    _display_ready: bool = False  # "auto" shows the values as they are
+
+    @abstractmethod
+    def _read_raw(
+        self, row_off: float, col_off: float, height: float, width: float, out_height: int, out_width: int
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Band values [oh, ow, 1 or 3] and their validity of the same shape; area means where the output is smaller."""
+
+    @cached_property
+    def stretch(self) -> Stretch | None:
+        """The scene's one stretch; None when uint8 values are shown as they are."""
+        choice = self._stretch_choice
+        if choice == "none" or (choice == "auto" and self._display_ready):
+            return None
+        values, valid = self._overview_raw
+        if isinstance(choice, tuple):
+            return Stretch((float(choice[0]),) * values.shape[2], (float(choice[1]),) * values.shape[2])
+        return fit_stretch(values, valid)
+
+    @cached_property
+    def _overview_raw(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        return self._read_strips(0, 0, self.height, self.width, *self._overview_shape(OVERVIEW_PX), raw=True)
+
+    def overview(self, max_side_px: int = OVERVIEW_PX) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """The whole scene with its long side at most `max_side_px`: (rgb uint8 [h, w, 3], mask bool [h, w])."""
+        if max_side_px < 1:
+            raise InputError(f"max_side_px must be at least 1, got {max_side_px}; {OVERVIEW_PX} is usual")
+        if max_side_px == OVERVIEW_PX:
+            return self._shown(*self._overview_raw)
+        return self.read(0, 0, self.height, self.width, *self._overview_shape(max_side_px))
+
+    def read(
+        self,
+        row_off: int,
+        col_off: int,
+        height: int,
+        width: int,
+        out_height: int | None = None,
+        out_width: int | None = None,
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """One window, native or reduced by area means.
+
+        Args:
+            row_off, col_off, height, width: window in scene pixels, inside the scene.
+            out_height, out_width: shape to return, at most the window's; default native.
+
+        Returns:
+            rgb uint8 [out_height, out_width, 3] and mask bool [out_height, out_width], True where a pixel is valid.
+
+        Raises:
+            InputError: the window is not inside the scene, or the output is larger than the window.
+            ImageReadError: the source cannot be decoded there.
+        """
+        inside = min(row_off, col_off) >= 0 and row_off + height <= self.height and col_off + width <= self.width
+        if not inside or height < 1 or width < 1:
+            raise InputError(
+                f"window must lie inside the scene of {self.height} x {self.width} px, got row_off={row_off}, "
+                f"col_off={col_off}, height={height}, width={width}; clip it first"
+            )
+        out_height, out_width = out_height or height, out_width or width
+        if not (1 <= out_height <= height and 1 <= out_width <= width):
+            raise InputError(
+                f"out_height and out_width must be in 1..window ({height} x {width}), got {out_height} x {out_width}; "
+                "read natively and enlarge afterwards"
+            )
+        return self._read_strips(row_off, col_off, height, width, out_height, out_width, raw=False)
+
+    def close(self) -> None:
+        """Frees what the scene holds open. Reading afterwards is an error."""
+        return
+
+    def __enter__(self) -> Scene:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _overview_shape(self, max_side_px: int) -> tuple[int, int]:
+        scale = min(1.0, max_side_px / max(self.height, self.width))
+        return max(1, round(self.height * scale)), max(1, round(self.width * scale))
+
+    def _read_strips(
+        self, row_off: int, col_off: int, height: int, width: int, out_height: int, out_width: int, *, raw: bool
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Reads in strips of rows, so that a huge window never stands in memory at native size and dtype."""
+        rows = max(1, int(_STRIP_PX / width * out_height / height))
+        if self.in_memory and not raw and self.stretch is None and (out_height, out_width) == (height, width):
+            rows = out_height  # a view, no copy
+        whole: NDArray[Any] = np.empty(0)
+        masks: NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
+        for start in range(0, out_height, rows):
+            stop = min(out_height, start + rows)
+            top, bottom = start * height / out_height, stop * height / out_height
+            values, valid = self._read_raw(row_off + top, col_off, bottom - top, width, stop - start, out_width)
+            part, mask = (values, valid) if raw else self._shown(values, valid)
+            if stop - start == out_height:
+                return part, mask
+            if start == 0:
+                whole = np.empty((out_height, *part.shape[1:]), dtype=part.dtype)
+                masks = np.empty((out_height, *mask.shape[1:]), dtype=np.bool_)
+            whole[start:stop], masks[start:stop] = part, mask
+        return whole, masks
+
+    def _shown(self, values: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        grey = values if self.stretch is None else self.stretch.apply(values, valid)
+        shared = valid.strides[2] == 0  # one validity for all bands
+        return to_rgb(grey), valid[..., 0] if shared else np.asarray(valid.any(axis=2))
+
+
+class ArrayScene(Scene):
+    """A scene whose pixels are in memory."""
+
+    in_memory = True
+
+    def __init__(
+        self,
+        pixels: NDArray[Any],
+        mask: NDArray[np.bool_] | None,
+        *,
+        name: str,
+        bands: Sequence[int] | None = None,
+        stretch: StretchChoice = "auto",
+        display_ready: bool | None = None,
+    ) -> None:
+        """pixels: [H, W] or [H, W, C], any real dtype; mask: bool [H, W] or None (all valid)."""
+        pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+        if pixels.dtype == np.bool_:
+            pixels = pixels.astype(np.uint8) * np.uint8(255)
+        pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+        self.name, (self.height, self.width, self.count), self.dtype = name, pixels.shape, str(pixels.dtype)
+        chosen = choose_bands(bands, self.count, (1, 2, 3) if self.count >= 3 else (1,), name)
+        # a slice keeps a view; a list of indices copies
+        first = chosen[0] - 1
+        consecutive = chosen == tuple(range(first + 1, first + 1 + len(chosen)))
+        self._pixels = pixels[..., first : first + len(chosen)] if consecutive else pixels[..., [band - 1 for band in chosen]]
+        self._mask = mask
+        photo = pixels.dtype == np.uint8 and self.count <= 4
+        self._display_ready = photo if display_ready is None else display_ready and pixels.dtype == np.uint8
+        self._stretch_choice = check_stretch(stretch, self.dtype, name)
+
+    def _read_raw(
+        self, row_off: float, col_off: float, height: float, width: float, out_height: int, out_width: int
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        top = int(row_off)
+        rows = slice(top, min(self.height, math.ceil(row_off + height)))
+        cols = slice(int(col_off), int(col_off + width))
+        values = self._pixels[rows, cols]
+        valid = np.broadcast_to(True if self._mask is None else self._mask[rows, cols, None], values.shape)
+        if values.dtype.kind == "f":
+            valid = valid & np.isfinite(values)
+        return area_average(values, valid, out_height, out_width, (row_off - top, min(row_off - top + height, values.shape[0])))
+
+
+def open_scene(
+    source: object,
+    *,
+    bands: Sequence[int] | None = None,
+    stretch: StretchChoice = "auto",
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> Scene:
+    """A scene from anything that holds an image.
+
+    Args:
+        source: path (str or Path), encoded bytes, `PIL.Image.Image`, numpy array [H, W] or [H, W, C] (channels last, a
+            fourth channel is a band, not alpha), or an open rasterio dataset (stays open).
+        bands: 1 or 3 band numbers, 1-based. Default: RGB by colour interpretation or band names, else the usual order of a
+            known sensor's band count, else bands 1, 2, 3, or the single band as grey.
+        stretch: "auto" shows 8-bit RGB (and 8-bit grey of plain images) as it is and maps the 2-98 percentiles of anything
+            else to 0..255; "percentile" always does; "none" never (8-bit only); (low, high) sets the range by hand.
+        max_pixels: refuse a plain image with more pixels (decompression bomb). Rasters are read by windows and have no limit.
+
+    Raises:
+        InputError: an argument is out of this contract.
+        ImageReadError: missing, damaged, unsupported or too large.
+        MissingDependencyError: a TIFF that only rasterio can read.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source, bands, stretch)
+    if isinstance(source, Image.Image):
+        return _from_pillow(source, "image", bands, stretch, max_pixels)
+    if type(source).__module__.partition(".")[0] == "rasterio":
+        from .geo import open_raster
+
+        return open_raster(source, bands=bands, stretch=stretch)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _from_encoded(bytes(source), "bytes", bands, stretch, max_pixels)
+    if isinstance(source, (str, Path)):
+        return _from_encoded(_checked_path(source), str(source), bands, stretch, max_pixels)
+    raise InputError(
+        "source must be a path, bytes, a PIL image, a numpy array [H, W] or [H, W, C] or an open rasterio dataset, "
+        f"got {type(source).__name__}; convert it to one of these"
+    )
+
+
+def choose_bands(bands: Sequence[int] | None, count: int, default: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """The bands to show, 1-based: `bands` when given and valid, else `default`. Raises InputError."""
+    if bands is None:
+        return default
+    chosen = tuple(bands)
+    if len(chosen) not in (1, 3) or not all(isinstance(band, (int, np.integer)) and 1 <= band <= count for band in chosen):
+        raise InputError(
+            f"bands must be 1 or 3 numbers in 1..{count} ({name} has {count} bands, counted from 1), got {list(chosen)}; "
+            "choose e.g. bands=(1,)"
+        )
+    return tuple(int(band) for band in chosen)
+
+
+def check_stretch(stretch: StretchChoice, dtype: str, name: str) -> StretchChoice:
+    """`stretch` when it is valid for `dtype`. Raises InputError."""
+    if isinstance(stretch, (tuple, list)):
+        if len(stretch) == 2 and float(stretch[0]) < float(stretch[1]):
+            return (float(stretch[0]), float(stretch[1]))
+    elif stretch in ("auto", "percentile") or (stretch == "none" and dtype == "uint8"):
+        return stretch
+    raise InputError(
+        'stretch must be "auto", "percentile", (low, high) with low < high, or for uint8 values "none", '
+        f'got {stretch!r} for {name} with {dtype} values; use "auto"'
+    )
+
+
+def _from_array(array: NDArray[Any], bands: Sequence[int] | None, stretch: StretchChoice) -> Scene:
+    if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in "buif":
+        raise InputError(
+            f"source array must be a non-empty real array [H, W] or [H, W, C], got {array.dtype} {list(array.shape)}; "
+            "reshape it, or take the magnitude of complex values"
+        )
+    if array.ndim == 3 and array.shape[2] > 64 and array.shape[0] <= 64:
+        raise InputError(
+            f"source array must have its channels last [H, W, C], got {list(array.shape)}; use array.transpose(1, 2, 0)"
+        )
+    return ArrayScene(array, None, name="array", bands=bands, stretch=stretch)
+
+
+def _checked_path(source: str | Path) -> Path:
+    text = str(source)
+    if _ADDRESS.match(text):
+        raise ImageReadError(f"source must be a local file, got the address {text!r}; download it and pass the file's path")
+    path = Path(source)
+    if path.is_dir():
+        raise ImageReadError(f"{path} is a folder, expected an image file; pass one of the files in it")
+    if not path.is_file():
+        raise ImageReadError(f"{path} does not exist; check the path")
+    return path
+
+
+def _from_encoded(
+    source: Path | bytes, name: str, bands: Sequence[int] | None, stretch: StretchChoice, max_pixels: int
+) -> Scene:
+    """A file or its bytes: rasters go to rasterio when it is installed, everything else to Pillow."""
+    try:
+        if isinstance(source, Path):
+            with source.open("rb") as file:
+                head = file.read(16)
+        else:
+            head = source[:16]
+    except OSError as error:
+        raise ImageReadError(f"{name} cannot be opened ({error.strerror}); check the file's permissions") from None
+    if not head:
+        raise ImageReadError(f"{name} is empty (0 bytes), expected an image; restore it from its source")
+    driver = next((driver for magic, driver in _RASTER_MAGIC.items() if head.startswith(magic)), None)
+    if driver:
+        try:
+            from .geo import open_raster
+        except ImportError:
+            _log.info("%s: rasterio is not installed, reading through Pillow without georeference or nodata", name)
+        else:
+            return open_raster(source, name=name, driver=driver, bands=bands, stretch=stretch)
+    try:
+        with _pillow_open(source, name, max_pixels) as image:
+            return _from_pillow(image, name, bands, stretch, max_pixels)
+    except ImageReadError as error:
+        if driver:
+            raise MissingDependencyError(
+                f"{name} is a raster that needs rasterio, which is not installed ({error}); pip install 'rsvlm-infer[geo]'"
+            ) from None
+        raise
+
+
+def _pillow_open(source: Path | bytes, name: str, max_pixels: int) -> Image.Image:
+    """Opens the header only. Pillow's own limit steps aside while ours is checked, because ours can be raised."""
+    stream: Path | io.BytesIO = source if isinstance(source, Path) else io.BytesIO(source)
+    with _pillow_limit, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(stream)
+        except Exception as error:
+            raise _unreadable(name, error) from None
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    if image.width * image.height > max_pixels:
+        image.close()
+        raise ImageReadError(
+            f"{name} has {image.height * image.width:,} pixels, more than max_pixels={max_pixels:,}; "
+            "if you trust it raise max_pixels, or save it as a tiled GeoTIFF, which is read by windows"
+        )
+    return image
+
+
+def _from_pillow(image: Image.Image, name: str, bands: Sequence[int] | None, stretch: StretchChoice, max_pixels: int) -> Scene:
+    if image.width * image.height > max_pixels:
+        raise ImageReadError(
+            f"{name} has {image.height * image.width:,} pixels, more than max_pixels={max_pixels:,}; raise max_pixels"
+        )
+    try:
+        pixels, mask = _decode(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+        raise _unreadable(name, error) from None
+    display_ready = not (image.format == "TIFF" and pixels.ndim == 2)  # grey TIFFs are stretched, with rasterio or without
+    if image.format == "TIFF" and any(tag in getattr(image, "tag_v2", {}) for tag in _GEO_TAGS):
+        _log.info("%s: its georeference is not read without rasterio; pip install 'rsvlm-infer[geo]'", name)
+    return ArrayScene(pixels, mask, name=name, bands=bands, stretch=stretch, display_ready=display_ready)
+
+
+def _decode(image: Image.Image) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+    """Upright pixels, uint8 [H, W] or [H, W, 3] or a wider grey [H, W], and the mask of its transparency (None = all valid)."""
+    image.load()
+    upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+    transparency = upright.info.get("transparency")
+    mask: NDArray[np.bool_] | None = None
+    if upright.mode.startswith(("I", "F")):
+        wide = np.asarray(upright)
+        return wide, wide != transparency if isinstance(transparency, int) else None
+    if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or transparency is not None:
+        mode = "LA" if upright.mode == "LA" else "RGBA"
+        upright = upright.convert(mode)
+        mask = np.asarray(upright.getchannel("A")) > 0
+    mode = "L" if upright.mode in ("1", "L", "LA") else "RGB"
+    upright = upright if upright.mode == mode else upright.convert(mode)
+    out = np.empty((upright.height, upright.width) + ((3,) if mode == "RGB" else ()), dtype=np.uint8)
+    rows = max(1, _STRIP_PX // upright.width)
+    for start in range(0, upright.height, rows):  # one np.asarray of the whole would hold three copies
+        stop = min(upright.height, start + rows)
+        out[start:stop] = np.asarray(upright.crop((0, start, upright.width, stop)))
+    return out, mask
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation 1..8; 1 when the EXIF block is damaged, because the pixels are not."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception as error:
+        _log.info("EXIF ignored, it cannot be read (%s)", error)
+        return 1
+
+
+def _unreadable(name: str, error: Exception) -> ImageReadError:
+    if isinstance(error, UnidentifiedImageError):
+        reason = "not an image format that Pillow knows"
+    else:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    return ImageReadError(f"{name} cannot be read as an image ({reason}); restore the file or convert it to PNG or GeoTIFF")

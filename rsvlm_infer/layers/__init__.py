@@ -1,0 +1,1 @@
+"""The parts of the model as nn.Modules: they own weights and call ops, never a kernel."""

@@ -1,0 +1,60 @@
+"""Semantic experts: a mixture of experts whose groups belong to levels. Knows no cues, no tiles, no language."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LEVELS, ExpertsConfig
+from ..ops.grouped_experts import grouped_experts
+from ..ops.route import route
+
+
+class LevelRouter(nn.Module):
+    """One level's norm, router and gate; the gate starts at 0, so an untrained module changes nothing."""
+
+    def __init__(self, vision_size: int, group_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(vision_size)
+        self.router = nn.Linear(vision_size, group_size, bias=False)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+
+class Experts(nn.Module):
+    """Y = F_2 + Σ_l tanh(a_l) · MoE_l(LN H_l)."""
+
+    def __init__(self, config: ExpertsConfig, vision_size: int) -> None:
+        super().__init__()
+        self.config = config
+        experts, hidden = config.num_experts, config.intermediate_size
+        self.levels = nn.ModuleList(LevelRouter(vision_size, experts // len(LEVELS)) for _ in LEVELS)
+        glu, affine = config.kind == "glu_silu", config.kind == "affine"
+        self.w_gate = _weights(experts, hidden, vision_size) if glu else None
+        self.w_up = None if affine else _weights(experts, hidden, vision_size)
+        self.w_down = _weights(experts, vision_size, vision_size if affine else hidden)
+        self.b_up = nn.Parameter(torch.zeros(experts, hidden)) if config.kind == "gelu_mlp" else None
+        self.b_down = None if glu else nn.Parameter(torch.zeros(experts, vision_size))
+
+    def forward(self, base: Tensor, features: list[Tensor]) -> Tensor:
+        """base F_2 [S, Dv], three H_l [S, Dv] -> Y [S, Dv]."""
+        tokens, group = base.shape[0], self.config.num_experts // len(LEVELS)
+        normed = [level.norm(x) for level, x in zip(self.levels, features, strict=True)]
+        stacked = torch.cat(normed)  # [3·S, Dv]
+        logits = stacked.new_zeros((stacked.shape[0], self.config.num_experts), dtype=torch.float32)
+        for index, (level, x) in enumerate(zip(self.levels, normed, strict=True)):
+            rows = slice(index * tokens, (index + 1) * tokens)
+            # fp32: near-ties between experts must not flip with the model's precision
+            logits[rows, index * group : (index + 1) * group] = x.float() @ level.router.weight.float().T
+        level_offsets = torch.arange(len(LEVELS) + 1, device=base.device) * tokens
+        expert_offsets, permutation, weights = route(logits, level_offsets, self.config.top_k)
+        mixed = grouped_experts(
+            stacked, expert_offsets, permutation, weights, self.w_gate, self.w_up, self.w_down, self.b_up, self.b_down
+        )
+        out = base
+        for level, part in zip(self.levels, mixed.split(tokens), strict=True):
+            out = out + torch.tanh(level.gate) * part
+        return out
+
+
+def _weights(experts: int, rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(experts, rows, columns) * columns**-0.5)

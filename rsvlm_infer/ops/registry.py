@@ -1,0 +1,81 @@
+"""Which implementation of an op runs here. Knows op names and where implementations live, nothing of what they compute.
+
+`rsvlm_infer.ops.<op>.<op>` is the eager definition, the oracle and the fallback.
+`rsvlm_infer.kernels.<implementation>.<op>` holds the fast twin with the same signature and `why_not() -> str | None`,
+the reason why it cannot run on this machine (None = it can).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from ..errors import BackendError
+
+_log = logging.getLogger(__name__)
+
+# op -> implementations in order of preference, before eager. Preference is data; capability is each twin's why_not().
+OPS: dict[str, tuple[str, ...]] = {
+    "complexity_map": ("native",),
+    "pack_tiles": ("native",),
+    "cue_search": (),
+    "varlen_tile_attention": (),
+    "route": (),
+    "grouped_experts": (),
+    "rms_norm": (),
+    "rope": (),
+    "decode_attention": (),
+}
+
+
+def why_not(op: str, implementation: str) -> str | None:
+    """Why `implementation` of `op` cannot run here; None when it can.
+
+    Raises:
+        BackendError: the op or the implementation does not exist.
+    """
+    if op not in OPS:
+        raise BackendError(f"op must be one of {sorted(OPS)}, got {op!r}; correct the name")
+    if implementation == "eager":
+        return None
+    if implementation not in OPS[op]:
+        raise BackendError(f"implementation of {op} must be one of {['eager', *OPS[op]]}, got {implementation!r}; choose one of them")
+    reason: str | None = _module(op, implementation).why_not()
+    return reason
+
+
+@cache
+def resolve(op: str, implementation: str = "auto") -> Callable[..., Any]:
+    """The function that computes `op`.
+
+    `auto` takes the first implementation that can run and logs once why a preferred one cannot; a named one holds or raises.
+
+    Raises:
+        BackendError: unknown names, or a named implementation that cannot run here.
+    """
+    if implementation != "auto":
+        reason = why_not(op, implementation)
+        if reason is not None:
+            raise BackendError(f"implementation {implementation!r} of {op} cannot run here: {reason}; use 'eager' or 'auto'")
+        return _function(op, implementation)
+    for name in OPS.get(op, ()):
+        reason = why_not(op, name)
+        if reason is None:
+            return _function(op, name)
+        _log.info("%s: %s cannot run here (%s), using eager", op, name, reason)
+    why_not(op, "eager")  # raises for an unknown op
+    return _function(op, "eager")
+
+
+def _module(op: str, implementation: str) -> Any:
+    package = "rsvlm_infer.ops" if implementation == "eager" else f"rsvlm_infer.kernels.{implementation}"
+    return importlib.import_module(f"{package}.{op}")
+
+
+def _function(op: str, implementation: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(_module(op, implementation), op)
+    return function

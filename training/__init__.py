@@ -1,0 +1,1 @@
+"""The recipe that makes the default checkpoint. Not installed with the package."""
