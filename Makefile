@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP := $(filter csrc/%,$(SOURCES))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+.NOTPARALLEL:
 
 .PHONY: help install dev pull bench test lint format clean
 
@@ -27,14 +28,19 @@ $(VENV)/.created:
 	touch $@
 
 # Editable, so that the native extension lands beside the sources. pip hides the compiler's words: the last line tells.
+NATIVE := $(BIN)/python -c 'from rsvlm_infer.hardware import native_why_not as w; from rsvlm_infer.ops.registry import OPS; \
+  print("native extension:", f"{w()}; slower until then:" if w() else "built:", *(op for op in OPS if "native" in OPS[op]))'
+
 $(VENV)/.installed: $(VENV)/.created $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable ".[torch,geo,report,pull]"
-	@$(BIN)/python -c 'from rsvlm_infer.hardware import native_why_not as w; print("native extension:", w() or "built")'
+	@$(NATIVE)
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.installed
+# [dev] holds all of the above, so it does not build twice.
+$(VENV)/.dev: $(VENV)/.created $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	touch $@
+	@$(NATIVE)
+	touch $(VENV)/.installed $@
 
 install: $(VENV)/.installed
 

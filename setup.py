@@ -12,8 +12,9 @@ from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
+FAILURES = (BaseError, CCompilerError, OSError)
 SLOWER = (
     "rsvlm_infer._C was not built ({reason}). The package works without it; slower then: "
     "pack_tiles (resample + normalise + patchify, uses Pillow) and complexity_map (planner, uses numpy). "
@@ -27,7 +28,7 @@ class OptionalBuildExt(build_ext):
     def run(self) -> None:
         try:
             super().run()
-        except (BaseError, OSError) as error:
+        except FAILURES as error:
             self.extensions = []
             print(SLOWER.format(reason=error), file=sys.stderr)
 
@@ -46,7 +47,7 @@ class OptionalBuildExt(build_ext):
             try:
                 objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=["-fopenmp"])
                 self.compiler.link_executable(objects, "openmp", output_dir=folder, extra_postargs=["-fopenmp"])
-            except (BaseError, OSError):
+            except FAILURES:
                 return False
         return True
 

@@ -48,7 +48,7 @@ class AnswerOptions(SceneOptions, total=False):
     temperature: float
     top_p: float
     seed: int
-    stop: tuple[str, ...]
+    stop: str | Sequence[str]
 
 
 def default_checkpoint() -> Path:

@@ -175,7 +175,7 @@ void horizontal_pass(const std::uint8_t* rows, std::int64_t row_stride, std::int
         std::vector<std::uint8_t> columns(static_cast<std::size_t>(in_bytes * kRows));
         std::vector<std::uint8_t> result(static_cast<std::size_t>(out_bytes * kRows));
 #ifdef _OPENMP
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 1)
 #endif
         for (std::int64_t block = 0; block < blocks; ++block) {
             const std::int64_t first = block * kRows;
@@ -205,7 +205,7 @@ void vertical_pass(const std::uint8_t* rows, std::int64_t row_stride, std::int64
                    std::int64_t input_first, std::uint8_t* out, std::int64_t out_row_stride) {
     const std::int64_t outputs = static_cast<std::int64_t>(axis.begin.size());
 #ifdef _OPENMP
-#pragma omp parallel for schedule(static) if (outputs * row_bytes > kParallelBytes)
+#pragma omp parallel for schedule(dynamic, 16) if (outputs * row_bytes > kParallelBytes)
 #endif
     for (std::int64_t row = 0; row < outputs; ++row) {
         const auto index = static_cast<std::size_t>(row);

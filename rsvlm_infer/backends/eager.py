@@ -151,7 +151,8 @@ class EagerBackend:
                     'tiling "anyres" needs a checkpoint with image_newline, this one has none; use tiling "fixed" or "dris"'
                 )
             kept = anyres_kept_window(scene.plan, self.config)
-            tokens = assemble_anyres(tiles, scene.plan.layout, self.config.tile_grid, kept, self.model.image_newline)
+            side = self.config.tile_grid // self.model.projector.pixel_shuffle
+            tokens = assemble_anyres(tiles, scene.plan.layout, side, kept, self.model.image_newline)
         else:
             tokens = torch.cat(tiles)
         assert len(tokens) == scene.num_tokens  # count_tokens is the only source of placeholder counts

@@ -46,7 +46,9 @@ class Rule:
             )
         metric, op, sign, number, percent = match.groups()
         if percent and not sign:
-            raise InputError(f"a percentage in --fail-if is a change and needs a sign, got {text!r}; write +{number}% or -{number}%")
+            raise InputError(
+                f"a percentage in --fail-if is a change and needs a sign, got {text!r}; write +{number}% or -{number}%"
+            )
         limit = float(sign + number)
         return cls(text.strip(), metric, op, "percent" if percent else "change" if sign else "value", limit)
 
@@ -94,7 +96,9 @@ def differences(new: Report, old: Report) -> list[str]:
     )
     for section, after, before, keys in sections:
         found += [
-            f"{section} {key} is {after.get(key)!r}, was {before.get(key)!r}" for key in keys if after.get(key) != before.get(key)
+            f"{section} {key} is {after.get(key)!r}, was {before.get(key)!r}"
+            for key in keys
+            if after.get(key) != before.get(key)
         ]
     new_rows, old_rows = ({row.key for row in report.rows if row.ok} for report in (new, old))
     found += [f"row {' '.join(key)} is only in the newer result" for key in sorted(new_rows - old_rows)]
@@ -118,6 +122,8 @@ def compare(new: Report, old: Report, rules: list[Rule], *, force: bool = False)
     known = {name for _, before in pairs for name in before.metrics()}
     for rule in rules:
         if rule.metric not in known:
-            raise InputError(f"metric of {rule.text!r} must be in the older result, got {rule.metric!r}; known are {sorted(known)}")
+            raise InputError(
+                f"metric of {rule.text!r} must be in the older result, got {rule.metric!r}; known are {sorted(known)}"
+            )
     lines = [rule.violation(after, before) for rule in rules for after, before in pairs]
     return Comparison(pairs, tuple(line for line in lines if line is not None), tuple(found))

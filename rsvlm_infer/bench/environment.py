@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 import shlex
 import subprocess
@@ -27,7 +27,7 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
         "rsvlm_infer": __version__,
         "packages": packages,
         "git": git_state(Path(__file__).parent),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "rsvlm_infer.bench", *argv]),
         "load_average": load_average(),
     }

@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
 from ..evaluation.datasets import IMAGE_SUFFIXES, RSICD_THEMES, Question, read_class_folders, read_rsicd, read_rsvqa
-
-RSVQA_MEMBERS = "configilm/extra/mock_data/RSVQA-"
 
 
 @dataclass(frozen=True)
@@ -118,15 +116,12 @@ def _from_folder(folder: Path, split: str) -> ImageSet:
         return ImageSet(folder.name, str(folder), tuple(Sample(path.name, path) for path in flat))
     images = read_class_folders(folder)
     samples = tuple(Sample(f"{image.label}/{image.path.name}", image.path, image.label) for image in images)
-    return ImageSet(folder.name, str(folder), samples, {label: _words(label) for label in sorted({image.label for image in images})})
+    return ImageSet(
+        folder.name, str(folder), samples, {label: _words(label) for label in sorted({image.label for image in images})}
+    )
 
 
 def _words(name: str) -> str:
     """`AnnualCrop` and `dense_residential` as words."""
     spaced = "".join(f" {letter}" if letter.isupper() else letter for letter in name.replace("_", " "))
     return " ".join(spaced.lower().split())
-
-
-def rsvqa_members(names: Sequence[str]) -> list[str]:
-    """The wheel members that make up RSVQA: JSON and TIFF of both parts."""
-    return [name for name in names if name.startswith(RSVQA_MEMBERS) and name.endswith((".json", ".tif"))]

@@ -6,6 +6,7 @@ is only needed to judge the answers runs after the clock and after the memory pe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import random
@@ -88,10 +89,8 @@ def measure(work: Workload, backend: str, precision: str, scenario: Scenario, pr
     first = {sample.name: answer for sample, answer in passes[0].answers}
     row = _row(backend, precision, scenario, passes)
     quality: dict[str, float] = {}
-    try:
+    with contextlib.suppress(MissingDependencyError):  # the runner warns once for all rows
         quality |= caption_quality({name: answer.text for name, answer in first.items()}, samples)
-    except MissingDependencyError:
-        pass  # the runner warns once for all rows
     logits = first_logits(model, work, scenario, logits_samples, counter.step)
     if work.images.labels:
         quality |= class_quality(classify_samples(model, samples, work.images.labels, counter.step), samples)
@@ -217,7 +216,9 @@ def _row(backend: str, precision: str, scenario: Scenario, passes: list[_Pass]) 
         latency_ms=Summary.of(latencies) if single else None,
         samples_ms=tuple(round(value, 3) for value in latencies) if single else (),
         stages={name: Summary.of([getattr(answer.timings, name) for answer in answers]) for name in STAGES},
-        token_times={name: Summary.of([getattr(a.timings, name) for a in token_times[name]]) for name in TOKEN_TIMES if token_times[name]},
+        token_times={
+            name: Summary.of([getattr(a.timings, name) for a in token_times[name]]) for name in TOKEN_TIMES if token_times[name]
+        },
         images_per_s=len(answers) / wall_s,
         mpix_per_s=pixels / 1e6 / wall_s,
         tokens_per_s=generated / wall_s,

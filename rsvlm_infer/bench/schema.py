@@ -180,7 +180,9 @@ def read_report(path: Path) -> Report:
     except ValueError as error:
         raise InputError(f"bench result {path} is not JSON ({error}); pass a bench.json") from None
     if not isinstance(values, dict) or not str(values.get("schema")).startswith("rsvlm-bench/"):
-        raise InputError(f'bench result {path} must have a "schema" that begins with rsvlm-bench/, it has none; pass a bench.json')
+        raise InputError(
+            f'bench result {path} must have a "schema" that begins with rsvlm-bench/, it has none; pass a bench.json'
+        )
     return Report.from_dict(values)
 
 

@@ -13,10 +13,10 @@ import typer
 
 from .. import __version__
 from ..errors import InputError, RsvlmError
-from ..pipeline import RSVLM
+from ..pipeline import RSVLM, SceneOptions
 from ..tasks.classify import LABEL_TEMPLATE
 from ..tasks.result import Answer, Classification, SceneReport
-from ..tasks.scene import ScenePlan, plan_image
+from ..tasks.scene import ScenePlan, SceneSettings, plan_image
 from . import options as opt
 from .console import EXIT_ERROR, EXIT_OK, Console, exit_code, set_up_logging
 from .embeddings import EmbeddingRows, check_output, write_embeddings
@@ -230,7 +230,7 @@ def plan(
     """Show how images would be tiled. Needs a checkpoint's config only: without `rsvlm pull` the packaged one is used."""
     scene = opt.scene_options(bands, max_pixels, tiling, max_tiles, max_visual_tokens)
     config = planning_config(checkpoint)
-    settings = opt.SceneSettings(**scene)
+    settings = SceneSettings(**scene)
     failed = 0
     plans = _caught(images, lambda image: plan_image(image, config, settings))
     for name, found in _console.each(plans, "plans", len(images)):
@@ -279,7 +279,7 @@ def bench(context: typer.Context) -> None:
     def run() -> int:
         from ..bench import main as bench_main
 
-        return int(bench_main(list(context.args)) or 0)
+        return bench_main(list(context.args))
 
     raise typer.Exit(_console.run(run))
 
@@ -291,7 +291,7 @@ def pull(context: typer.Context) -> None:
     def run() -> int:
         from ..pull import main as pull_main
 
-        return int(pull_main(list(context.args)) or 0)
+        return pull_main([*context.args, *(["--quiet"] if _console.quiet else [])])
 
     raise typer.Exit(_console.run(run))
 
@@ -368,7 +368,7 @@ def _attempts(images: Sequence[str], call: Callable[[str], SceneReport]) -> Iter
         yield SceneReport(source=image, error=result) if isinstance(result, RsvlmError) else result
 
 
-def _embeddings(model: RSVLM, images: Sequence[str], scene: opt.SceneOptions) -> Iterator[tuple[str, Any]]:
+def _embeddings(model: RSVLM, images: Sequence[str], scene: SceneOptions) -> Iterator[tuple[str, Any]]:
     return _caught(images, lambda image: model.embed_levels(image, **scene))
 
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +34,9 @@ class EmbeddingRows:
         missing = np.full(width, np.nan, dtype=np.float32)
         return np.stack([missing if image is None else image.scene for image in self.images])
 
-    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+    def arrays(self) -> dict[str, Any]:
         """sources [N], scene [N, De], region [sum T, De] and object [sum T, k, De] with tile_offsets [N + 1]; texts likewise."""
-        arrays: dict[str, npt.NDArray[np.generic]] = {}
+        arrays: dict[str, Any] = {}
         if self.texts:
             arrays |= {"texts": np.array(self.texts), "text_embeddings": self.text_vectors}
         if self.sources:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,9 @@ from typing import Any
 from .. import backends, hardware
 from ..config import RsvlmConfig
 from ..errors import CheckpointError
+from ..models.checkpoint import CheckpointFolder, sha256_of
+from ..models.layouts import detect_layout
+from ..models.load import read_config
 from ..pipeline import DEFAULT_NAME, default_checkpoint
 
 PACKAGED_CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -32,9 +34,11 @@ def planning_config(checkpoint: Path | None) -> RsvlmConfig:
         CheckpointError: no such folder. ConfigError: a bad config.
     """
     if checkpoint is not None:
-        return RsvlmConfig.from_json(_folder(checkpoint) / "config.json")
-    pulled = default_checkpoint() / "config.json"
-    return RsvlmConfig.from_json(pulled if pulled.is_file() else PACKAGED_CHECKPOINTS / DEFAULT_NAME / "config.json")
+        return read_config(_folder(checkpoint))
+    pulled = default_checkpoint()
+    if (pulled / "config.json").is_file():
+        return read_config(pulled)
+    return RsvlmConfig.from_json(PACKAGED_CHECKPOINTS / DEFAULT_NAME / "config.json")
 
 
 def checkpoint_report(checkpoint: Path | None) -> Report:
@@ -44,50 +48,63 @@ def checkpoint_report(checkpoint: Path | None) -> Report:
         CheckpointError: no such folder. ConfigError: a bad config.
     """
     folder = _folder(default_checkpoint() if checkpoint is None else checkpoint)
-    config = RsvlmConfig.from_json(folder / "config.json")
-    files = [
-        {"file": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": _sha256(path)}
+    layout = detect_layout(CheckpointFolder.open(folder))
+    config = read_config(folder)
+    files: list[dict[str, Any]] = [
+        {"file": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     ]
+    total = sum(entry["bytes"] for entry in files)
+    parts = modules(config)
+    lines = [
+        f"checkpoint  {folder}",
+        f"layout      {layout.name}",
+        f"tiling      {config.tiling}",
+        f"size        {_size(total)}",
+    ]
+    lines += ["", "modules"]
+    lines += [f"  {name:<13} {text or 'off'}" for name, text in parts.items()]
+    lines += ["", "files"]
+    lines += [f"  {entry['sha256']}  {_size(entry['bytes']):>10}  {entry['file']}" for entry in files]
     values = {
         "checkpoint": str(folder),
-        "modules": modules(config),
+        "layout": layout.name,
+        "modules": parts,
         "tiling": config.tiling,
-        "bytes": sum(int(str(entry["bytes"])) for entry in files),
+        "bytes": total,
         "files": files,
         "config": config.to_dict(),
     }
-    lines = [f"checkpoint  {folder}", f"tiling      {config.tiling}", f"size        {_size(values['bytes'])}", "", "modules"]
-    lines += [f"  {name:<13} {text or 'off'}" for name, text in values["modules"].items()]
-    lines += ["", "files"]
-    lines += [f"  {entry['sha256']}  {_size(entry['bytes']):>10}  {entry['file']}" for entry in files]
     return Report(values, "\n".join(lines))
 
 
 def modules(config: RsvlmConfig) -> dict[str, str | None]:
     """Each part of the model in a few words; None = off, which means absent."""
-    vision, language, projector, text, alignment, augmentation, experts = (
-        config.vision,
-        config.language,
-        config.projector,
-        config.text_encoder,
-        config.alignment,
-        config.augmentation,
-        config.experts,
+    vision, projector, language, text = config.vision, config.projector, config.language, config.text_encoder
+    alignment, augmentation, experts = config.alignment, config.augmentation, config.experts
+    found: dict[str, str | None] = dict.fromkeys(
+        ("vision", "projector", "language", "text_encoder", "alignment", "augmentation", "experts")
     )
-    return {
-        "vision": f"{vision.family}, {vision.num_layers} layers, width {vision.hidden_size}, {vision.patch_size}-px patches, "
-        f"taps {list(vision.taps)}",
-        "projector": projector and f"width {projector.hidden_size}, pixel shuffle {projector.pixel_shuffle}",
-        "language": language
-        and f"{language.family}, {language.num_layers} layers, width {language.hidden_size}, context {language.max_positions}",
-        "text_encoder": text and f"{text.num_layers} layers, width {text.hidden_size}",
-        "alignment": alignment
-        and f"{', '.join(alignment.levels)}, width {alignment.embed_size}, text from {alignment.text_source}",
-        "augmentation": augmentation and f"{augmentation.cues_per_level} cues per level",
-        "experts": experts and f"{experts.num_experts} experts, top {experts.top_k}, {experts.kind}",
-    }
+    found["vision"] = (
+        f"{vision.family}, {vision.num_layers} layers, width {vision.hidden_size}, {vision.patch_size}-px patches, "
+        f"taps {list(vision.taps)}"
+    )
+    if projector is not None:
+        found["projector"] = f"width {projector.hidden_size}, pixel shuffle {projector.pixel_shuffle}"
+    if language is not None:
+        found["language"] = (
+            f"{language.family}, {language.num_layers} layers, width {language.hidden_size}, context {language.max_positions}"
+        )
+    if text is not None:
+        found["text_encoder"] = f"{text.num_layers} layers, width {text.hidden_size}"
+    if alignment is not None:
+        found["alignment"] = f"{', '.join(alignment.levels)}, width {alignment.embed_size}, text from {alignment.text_source}"
+    if augmentation is not None:
+        found["augmentation"] = f"{augmentation.cues_per_level} cues per level"
+    if experts is not None:
+        found["experts"] = f"{experts.num_experts} experts, top {experts.top_k}, {experts.kind}"
+    return found
 
 
 def doctor_report() -> Report:
@@ -137,11 +154,6 @@ def _folder(checkpoint: Path) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint folder {folder} does not exist; pass a checkpoint folder, or run `rsvlm pull`")
     return folder
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(count: int) -> str:

@@ -116,7 +116,7 @@ def answer_options(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        stop=settings.stop,
+        stop=settings.stops,
     )
 
 

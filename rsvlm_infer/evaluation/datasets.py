@@ -93,7 +93,9 @@ def read_rsicd(folder: Path, split: str) -> list[CaptionedImage]:
             if entry["split"] == split
         ]
     except (TypeError, KeyError) as error:
-        raise InputError(f"{file} must be a list of {{filename, split, theme, captions}}, got {error!r}; restore the file") from None
+        raise InputError(
+            f"{file} must be a list of {{filename, split, theme, captions}}, got {error!r}; restore the file"
+        ) from None
     if not images:
         raise InputError(f"split must be one of {splits} in {file}, got {split!r}; choose one of them")
     return images
@@ -124,7 +126,9 @@ def read_rsvqa(folder: Path, splits: Sequence[str] = ("train", "val", "test", "t
         InputError: no split's files are there, or they are damaged.
     """
     folder = Path(folder)
-    images_folder = next((path for path in (folder / "Images_LR", folder / "Images" / "Data", folder / "Data") if path.is_dir()), None)
+    images_folder = next(
+        (path for path in (folder / "Images_LR", folder / "Images" / "Data", folder / "Data") if path.is_dir()), None
+    )
     if images_folder is None:
         raise InputError(f"folder must hold RSVQA's Images_LR or Images/Data, found neither in {folder}; check the path")
     questions: list[Question] = []
@@ -136,14 +140,21 @@ def read_rsvqa(folder: Path, splits: Sequence[str] = ("train", "val", "test", "t
                 found = _active(_read_json(file)["questions"])
                 questions += [
                     Question(
-                        images_folder / f"{item['img_id']}.tif", item["type"], item["question"], answers[item["answers_ids"][0]]["answer"]
+                        images_folder / f"{item['img_id']}.tif",
+                        item["type"],
+                        item["question"],
+                        answers[item["answers_ids"][0]]["answer"],
                     )
                     for item in sorted(found, key=lambda item: (item["img_id"], item["id"]))
                 ]
             except (TypeError, KeyError, IndexError) as error:
-                raise InputError(f"{file} and {answers_file.name} must be RSVQA's JSON, got {error!r}; restore the files") from None
+                raise InputError(
+                    f"{file} and {answers_file.name} must be RSVQA's JSON, got {error!r}; restore the files"
+                ) from None
     if not questions:
-        raise InputError(f"folder must hold RSVQA's *_split_*_questions.json of {list(splits)}, found none in {folder}; check the path")
+        raise InputError(
+            f"folder must hold RSVQA's *_split_*_questions.json of {list(splits)}, found none in {folder}; check the path"
+        )
     return questions
 
 

@@ -62,7 +62,8 @@ def open_raster(
     memory: MemoryFile | None = None
     owned = isinstance(source, (str, Path, bytes))
     name = name or str(getattr(source, "name", source))
-    with _reading(name, _CACHE_MB[0]):
+    with _reading(name, _CACHE_MB[0]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
         if isinstance(source, bytes):
             memory = MemoryFile(source)
             dataset = memory.open(driver=driver)
@@ -224,10 +225,9 @@ def _palette(dataset: Any, bands: tuple[int, ...]) -> NDArray[np.uint8] | None:
 
 @contextmanager
 def _reading(name: str, cache_mb: int) -> Iterator[None]:
-    """GDAL with a bounded cache and no network; its errors become one ImageReadError, its warnings stay off stderr."""
+    """GDAL with a bounded cache, its messages in Python's logging; its errors become one ImageReadError."""
     try:
-        with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=cache_mb, GDAL_DISABLE_READDIR_ON_OPEN="TRUE"):
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.Env(GDAL_CACHEMAX=cache_mb, GDAL_DISABLE_READDIR_ON_OPEN="TRUE"):
             yield
     except (RasterioError, ValueError) as error:
         cause = error.__cause__ or error

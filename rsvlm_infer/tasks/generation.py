@@ -29,14 +29,17 @@ class GenerationSettings:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_sampling(self.max_new_tokens, self.temperature, self.top_p, self.seed)
-        if isinstance(self.stop, str):  # a lone string would be read letter by letter
-            object.__setattr__(self, "stop", (self.stop,))
-        if any(not stop for stop in self.stop):
-            raise InputError(f"stop strings must not be empty, got {list(self.stop)}; remove the empty one")
+        if not all(self.stops):
+            raise InputError(f"stop strings must not be empty, got {list(self.stops)}; remove the empty one")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, also when `stop` is a lone one."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 def prompt_ids(tokenizer: Tokenizer, config: RsvlmConfig, prompt: str, num_image_tokens: int) -> npt.NDArray[np.int32]:
@@ -59,7 +62,7 @@ def build_request(
     choices: Sequence[str] | None = None,
 ) -> tuple[Request, TextStream]:
     """A request and the text that its tokens write. With `choices` the answer is exactly one of them."""
-    text = TextStream(tokenizer, settings.stop)
+    text = TextStream(tokenizer, settings.stops)
     allowed = None if choices is None else choice_ids(tokenizer, choices)
     request = Request(
         token_ids=prompt_ids(tokenizer, config, prompt, features.num_tokens),

@@ -25,7 +25,9 @@ def require_alignment(config: RsvlmConfig) -> AlignmentConfig:
 
 
 def text_ids(tokenizer: Tokenizer, config: RsvlmConfig, text: str) -> npt.NDArray[np.int32]:
-    """Token ids [n] of a text to embed: with CLIP's begin and end tokens for a text encoder, bare for the language model.
+    """Token ids [n] of a text to embed, inside the checkpoint's text template.
+
+    CLIP's begin and end tokens are added for a text encoder, nothing for the language model.
 
     Raises:
         InputError: a blank text, or one longer than the text model reads.
@@ -33,9 +35,9 @@ def text_ids(tokenizer: Tokenizer, config: RsvlmConfig, text: str) -> npt.NDArra
     alignment = require_alignment(config)
     from_encoder = alignment.text_source == "text_encoder"
     reader = config.text_encoder if from_encoder else config.language
-    ids = tokenizer.encode(text.strip(), add_special=from_encoder)
-    if not text.strip() or not ids:
+    if not text.strip():
         raise InputError(f"text must not be blank, got {text!r}; pass some words")
+    ids = tokenizer.encode(alignment.text_template.replace("{}", text.strip()), add_special=from_encoder)
     if reader is not None and len(ids) > reader.max_positions:
         raise InputError(f"text must be at most {reader.max_positions} tokens, got {len(ids)}; shorten {text[:40]!r}...")
     return np.array(ids, dtype=np.int32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import InputError
 from ..text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -13,14 +12,10 @@ class TextStream:
 
     Text is released only when no later token can take it back: a tail that may begin a stop string, or that is blank and may
     be the end, is held. So the pieces from `take` always join to the final `text`, which has no outer blanks.
-
-    Raises:
-        InputError: an empty stop string.
+    `stops` must not hold an empty string; `GenerationSettings` checks that.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        if any(not stop for stop in stops):
-            raise InputError(f"stop strings must not be empty, got {list(stops)}; remove the empty one")
         self.text = ""
         self.stopped = False
         self._decoder = StreamDecoder(tokenizer)

@@ -30,7 +30,9 @@ def test_rsicd_gives_one_split_in_file_order(tmp_path: Path) -> None:
         read_rsicd(tmp_path, "val")
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ("[{]", "not JSON"), ('[{"split": "test"}]', "must be a list")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist"), ("[{]", "not JSON"), ('[{"split": "test"}]', "must be a list")]
+)
 def test_damaged_rsicd_names_the_file(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "captions.json").write_text(content, encoding="utf-8")
@@ -55,7 +57,11 @@ def test_rsvqa_joins_by_id_and_skips_inactive(tmp_path: Path) -> None:
         {"id": 8, "img_id": 1, "type": "presence", "question": "Is there?", "answers_ids": [80], "active": True},
         {"id": 0, "active": False},
     ]
-    answers = [{"id": 80, "answer": "yes", "active": True}, {"id": 1, "active": False}, {"id": 90, "answer": "3", "active": True}]
+    answers = [
+        {"id": 80, "answer": "yes", "active": True},
+        {"id": 1, "active": False},
+        {"id": 90, "answer": "3", "active": True},
+    ]
     _write(tmp_path / "LR_split_val_questions.json", {"questions": questions})
     _write(tmp_path / "LR_split_val_answers.json", {"answers": answers})
     found = read_rsvqa(tmp_path)

@@ -20,6 +20,18 @@ def stub_signatures(path: Path) -> dict[str, list[str]]:
     return {node.name: [argument.arg for argument in node.args.kwonlyargs] for node in functions}
 
 
+def split_arguments(text: str) -> list[str]:
+    """Splits at the commas that are outside of brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[(") - (character in "])")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
 def built_signatures() -> dict[str, list[str]]:
     from rsvlm_infer import _C
 
@@ -28,10 +40,11 @@ def built_signatures() -> dict[str, list[str]]:
         if name.startswith("_"):
             continue
         first_line = (getattr(_C, name).__doc__ or "").splitlines()[0]  # pybind11 writes the signature there
-        arguments = first_line[first_line.index("(") : first_line.rindex("->")]
-        names = re.findall(r"[(,]\s*(\*|\w+)(?=[:,)])", arguments)
-        assert names == [] or names[0] == "*", f"{name} takes positional arguments: {first_line}"
-        signatures[name] = names[1:]
+        match = re.fullmatch(r"(\w+)\((.*)\) -> .*", first_line)
+        assert match, first_line
+        arguments = [argument.split(":")[0] for argument in split_arguments(match.group(2))]
+        assert arguments == [] or arguments[0] == "*", f"{name} takes positional arguments: {first_line}"
+        signatures[name] = arguments[1:]
     return signatures
 
 

@@ -1,0 +1,200 @@
+"""The command line of the bench: options in, files and tables out. Knows no measurement itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from ..backends import BACKENDS
+from ..errors import InputError, MissingDependencyError, RsvlmError
+from ..pipeline import default_checkpoint
+from .accuracy import measure_accuracy
+from .compare import Comparison, Rule, compare
+from .environment import environment
+from .html import render_html
+from .images import choose_images
+from .measure import Workload
+from .output import write_atomically
+from .rsvqa import fetch_rsvqa
+from .runner import plan_rows, run_rows
+from .schema import BASELINE, SCENARIOS, Report, read_report
+from .tables import Table, markdown, report_tables
+
+OK, ERROR, USAGE, PARTLY_FAILED = 0, 1, 2, 3
+DEFAULT_LIMIT = 24  # two precisions in two scenarios take some minutes on two cores
+DEFAULT_PRECISIONS = ("float32", "bfloat16")
+
+DESCRIPTION = """\
+Measures backends x precisions on real images: latency, throughput, memory, load time, and beside them how right and how equal to
+eager float32 the answers are. Eager float32 is the baseline of every run. Writes bench.json, bench.md and bench.html.
+"""
+EPILOG = """\
+rules for --fail-if:  METRIC OP LIMIT, for example
+  p95>+10%              p95 latency grew by more than 10 percent against --compare
+  class_accuracy<-0.02  accuracy fell by more than 0.02
+  peak_rss_bytes>2e9    the new value is above a limit
+metrics: p50 p90 p95 p99 mean std (latency in ms), the same of each stage and token time (encode_ms_p50, ttft_ms_p95, ...),
+images_per_s mpix_per_s tokens_per_s peak_rss_bytes load_ms disk_bytes, accuracy (class_accuracy, cider, answer_accuracy, ...)
+and agreement (same_tokens, token_prefix, logits_max_abs, logits_cosine).
+exit codes: 0 ok, 1 error or violated rule, 2 usage, 3 some rows failed
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `rsvlm bench`."""
+    options = argparse.ArgumentParser(
+        "rsvlm bench", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = options.add_argument_group("what to measure")
+    what.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="checkpoint folder (default: the one that `rsvlm pull` makes)"
+    )
+    what.add_argument(
+        "--backend", action="append", metavar="NAME", help=f"repeatable; known: {', '.join(BACKENDS)} (default: all)"
+    )
+    what.add_argument("--precision", action="append", metavar="NAME", help="repeatable (default: float32 and bfloat16)")
+    what.add_argument("--scenario", action="append", choices=SCENARIOS, help="repeatable (default: both)")
+    what.add_argument("--accuracy-only", action="store_true", help="score the whole set, all images unless limited; no timing")
+    images = options.add_argument_group("on which images")
+    images.add_argument("--images", type=Path, metavar="DIR", help="RSICD folder, folder of classes or of images (default: RSICD in "
+                        "RSVLM_DATA or ../shared/data, else RSVQA scenes from the wheel configilm)")  # fmt: skip
+    images.add_argument("--split", default="test", help="split of RSICD (default: test)")
+    images.add_argument("--images-limit", type=int, metavar="N", help=f"at most N images, 0 = all (default: {DEFAULT_LIMIT})")
+    images.add_argument("--questions-per-image", type=int, default=2, metavar="N", help="of RSVQA (default: 2)")
+    images.add_argument("--seed", type=int, default=0, help="of choice and order (default: 0)")
+    how = options.add_argument_group("how")
+    how.add_argument("--repeats", type=int, default=1, metavar="N", help="passes over the images (default: 1)")
+    how.add_argument("--warmup", type=int, default=2, metavar="N", help="images before the clock starts (default: 2)")
+    how.add_argument("--batch", type=int, default=4, metavar="N", help="images per batch in Offline (default: 4)")
+    how.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="per caption (default: 32)")
+    how.add_argument("--tiling", choices=("fixed", "anyres", "dris"), help="default: the checkpoint's own")
+    how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as the libraries choose)")
+    out = options.add_argument_group("result")
+    out.add_argument("--output", type=Path, default=Path("bench-results"), metavar="DIR", help="default: bench-results")
+    out.add_argument("--from", type=Path, dest="source", metavar="JSON", help="take this result instead of measuring")
+    out.add_argument("--compare", type=Path, metavar="JSON", help="an older result to compare with")
+    out.add_argument(
+        "--fail-if", action="append", default=[], metavar="RULE", help="repeatable, needs --compare; exit code 1 when true"
+    )
+    out.add_argument("--force", action="store_true", help="compare although machine, workload or schema differ")
+    return options
+
+
+def run(argv: list[str] | None = None) -> int:
+    """One call of the command; see `rsvlm_infer.bench.main`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = parser().parse_args(arguments)
+    except SystemExit as stop:  # argparse has said why
+        return stop.code if isinstance(stop.code, int) else USAGE
+    errors = Console(stderr=True)
+    try:
+        rules = _checked_rules(options)
+    except InputError as error:
+        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return USAGE
+    try:
+        if options.accuracy_only:
+            return _run_accuracy(options, arguments, errors)
+        return _run_bench(options, arguments, rules, errors)
+    except RsvlmError as error:
+        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return ERROR
+
+
+def _checked_rules(options: argparse.Namespace) -> list[Rule]:
+    if options.fail_if and options.compare is None:
+        raise InputError("--fail-if needs an older result to hold the new one against; add --compare OLD.json")
+    for name in ("images_limit", "questions_per_image"):
+        value = getattr(options, name)
+        if value is not None and value < 0:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 0, got {value}; raise it")
+    return [Rule.parse(text) for text in options.fail_if]
+
+
+def _run_bench(options: argparse.Namespace, arguments: Sequence[str], rules: list[Rule], errors: Console) -> int:
+    older = read_report(options.compare) if options.compare is not None else None  # before this run writes over it
+    if options.source is not None:
+        report = read_report(options.source)
+    else:
+        rows = plan_rows(
+            options.backend or list(BACKENDS), options.precision or DEFAULT_PRECISIONS, options.scenario or SCENARIOS
+        )
+        report = run_rows(_workload(options, DEFAULT_LIMIT, errors), rows, environment(arguments), errors)
+    comparison = None if older is None else compare(report, older, rules, force=options.force)
+    for path in _write(report, comparison, options.output, errors):
+        errors.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    _show(report_tables(report, comparison), [*report.warnings, *(comparison.differences if comparison else ())], errors)
+    for line in comparison.violations if comparison else ():
+        errors.print(f"violated: {line}", style="red", markup=False, soft_wrap=True)
+    failed = [row for row in report.rows if not row.ok]
+    if (comparison and comparison.violations) or any(row.key[:2] == BASELINE for row in failed):
+        return ERROR
+    return PARTLY_FAILED if failed else OK
+
+
+def _run_accuracy(options: argparse.Namespace, arguments: Sequence[str], errors: Console) -> int:
+    work = _workload(options, None, errors)
+    backend, precision = (options.backend or ["auto"])[0], (options.precision or ["auto"])[0]
+    result = measure_accuracy(work, backend, precision, environment(arguments), errors)
+    for path in result.write(options.output):
+        errors.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    _show([result.table()], [], errors)
+    return OK
+
+
+def _workload(options: argparse.Namespace, default_limit: int | None, errors: Console) -> Workload:
+    limit = options.images_limit if options.images_limit is not None else default_limit
+    images = choose_images(
+        options.images,
+        split=options.split,
+        questions_per_image=options.questions_per_image,
+        seed=options.seed,
+        fetch_rsvqa=lambda: fetch_rsvqa(errors),
+    )
+    return Workload(
+        checkpoint=str(options.checkpoint or default_checkpoint()),
+        images=images.limited(limit or None, options.seed),
+        repeats=options.repeats,
+        warmup=options.warmup,
+        offline_batch=options.batch,
+        max_new_tokens=options.max_new_tokens,
+        tiling=options.tiling,
+        threads=options.threads,
+        seed=options.seed,
+    )
+
+
+def _write(report: Report, comparison: Comparison | None, folder: Path, errors: Console) -> list[Path]:
+    values: dict[str, Any] = report.to_dict()
+    files = {"bench.json": json.dumps(values, indent=1, ensure_ascii=False) + "\n", "bench.md": markdown(report, comparison)}
+    try:
+        files["bench.html"] = render_html(report, comparison)
+    except MissingDependencyError as error:
+        errors.print(f"no bench.html: {error}", style="yellow", markup=False, soft_wrap=True)
+    for name, text in files.items():
+        write_atomically(folder / name, text)
+    return [folder / name for name in files]
+
+
+def _show(tables: Sequence[Table], warnings: Sequence[str], errors: Console) -> None:
+    """Tables on stdout, warnings on stderr."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a pipe has no width; do not break rows for it
+    for table in tables:
+        shown = RichTable(title=table.title, caption=table.note or None, title_justify="left", caption_justify="left")
+        for index, title in enumerate(table.header):
+            shown.add_column(title, justify="left" if index == 0 or table.prose else "right")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown, markup=False)
+    for line in warnings:
+        errors.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)

@@ -1,0 +1,182 @@
+"""Runs the rows of a bench, each in a fresh process, and joins them to one report. Knows processes and progress, no model.
+
+A fresh process per row gives each its own load time and memory peak, and one that fails leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..errors import InputError
+from ..hardware import library_version
+from .environment import busy_warning
+from .measure import Workload, workload_to_dict
+from .schema import BASELINE, SCENARIOS, Agreement, Report, Row, row_from_dict
+
+FEW_VALUES = 100  # below this, p99 is next to the largest value
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one process brought back."""
+
+    row: Row
+    token_ids: dict[str, list[int]]
+    logits: npt.NDArray[np.float32]  # [n, V], [0, 0] when it failed
+
+
+def plan_rows(backends: Sequence[str], precisions: Sequence[str], scenarios: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(backend, precision, scenario) to measure: the baseline first in each scenario, whether it was asked for or not.
+
+    Raises:
+        InputError: an unknown scenario.
+    """
+    unknown = sorted(set(scenarios) - set(SCENARIOS))
+    if unknown:
+        raise InputError(f"scenario must be one of {list(SCENARIOS)}, got {unknown}; choose one of them")
+    pairs = dict.fromkeys([BASELINE, *((backend, precision) for backend in backends for precision in precisions)])
+    return [(*pair, scenario) for scenario in dict.fromkeys(scenarios) for pair in pairs]
+
+
+def run_rows(work: Workload, rows: Sequence[tuple[str, str, str]], environment: dict[str, Any], console: Console) -> Report:
+    """Measures every row and compares it with eager float32; rows that failed carry their error."""
+    outcomes: dict[tuple[str, str, str], Outcome] = {}
+    for number, key in enumerate(rows, 1):
+        with tempfile.TemporaryDirectory(prefix="rsvlm-bench-") as folder:
+            outcomes[key] = _run_row(work, key, Path(folder), console, f"{number}/{len(rows)} {' '.join(key)}")
+        error = outcomes[key].row.error
+        if error is not None:
+            console.print(f"{' '.join(key)} failed: {error}", style="red", markup=False)
+    joined = []
+    for key, outcome in outcomes.items():
+        reference = outcomes.get((*BASELINE, key[2]))
+        comparable = outcome.row.ok and reference is not None and reference.row.ok
+        joined.append(
+            dataclasses.replace(outcome.row, agreement=agreement(outcome, reference))
+            if comparable and reference
+            else outcome.row
+        )
+    return Report(environment, describe(work), tuple(joined), tuple(_warnings(work, joined, environment)))
+
+
+def agreement(outcome: Outcome, reference: Outcome) -> Agreement:
+    """How near an outcome is to the reference on the same images; see `Agreement`."""
+    names = [name for name in reference.token_ids if name in outcome.token_ids]
+    pairs = [(outcome.token_ids[name], reference.token_ids[name]) for name in names]
+    same = [ours == theirs for ours, theirs in pairs]
+    prefix = [1.0 if ours == theirs else _common_prefix(ours, theirs) / max(1, len(theirs)) for ours, theirs in pairs]
+    max_abs = cosine = None
+    if outcome.logits.size and outcome.logits.shape == reference.logits.shape:
+        ours64, theirs64 = outcome.logits.astype(np.float64), reference.logits.astype(np.float64)  # [n, V]
+        max_abs = float(np.abs(ours64 - theirs64).max())
+        norms = np.linalg.norm(ours64, axis=1) * np.linalg.norm(theirs64, axis=1)
+        cosine = float(((ours64 * theirs64).sum(axis=1) / norms).min())
+    return Agreement(len(names), sum(same) / len(names), sum(prefix) / len(names), max_abs, cosine)
+
+
+def describe(work: Workload) -> dict[str, Any]:
+    """The workload as the report shows it: what was run on what."""
+    return {
+        "checkpoint": work.checkpoint,
+        "image_set": work.images.name,
+        "image_source": work.images.source,
+        "images": len(work.images.samples),
+        "images_digest": work.images.digest,
+        "repeats": work.repeats,
+        "warmup": work.warmup,
+        "offline_batch": work.offline_batch,
+        "max_new_tokens": work.max_new_tokens,
+        "tiling": work.tiling,
+        "threads": work.threads,
+        "seed": work.seed,
+        "logits_images": min(work.logits_images, len(work.images.samples)),
+        "references": {sample.name: sample.captions[0] for sample in work.images.samples if sample.captions},
+    }
+
+
+def _run_row(work: Workload, key: tuple[str, str, str], folder: Path, console: Console, title: str) -> Outcome:
+    job = {"backend": key[0], "precision": key[1], "scenario": key[2], "workload": workload_to_dict(work)}
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    command = [sys.executable, "-m", "rsvlm_infer.bench.worker", str(folder)]
+    with (folder / "stderr.txt").open("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=_worker_environment(work))
+        try:
+            _follow(process, console, title)
+            code = process.wait()
+        except BaseException:  # Ctrl-C must not leave a process behind
+            process.kill()
+            process.wait()
+            raise
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    if code != 0 or not (folder / "result.json").is_file():
+        reason = said[-1] if said else "it said nothing"
+        return _failed(key, f"the measuring process ended with exit code {code}: {reason}")
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    row = row_from_dict(result["row"])
+    logits = np.load(folder / "logits.npy", allow_pickle=False) if row.ok else np.zeros((0, 0), dtype=np.float32)
+    return Outcome(row, result["token_ids"], logits)
+
+
+def _failed(key: tuple[str, str, str], error: str) -> Outcome:
+    return Outcome(Row(*key, error=error), {}, np.zeros((0, 0), dtype=np.float32))
+
+
+def _worker_environment(work: Workload) -> dict[str, str]:
+    variables = dict(os.environ)
+    if work.threads is not None:
+        variables |= dict.fromkeys(THREAD_VARIABLES, str(work.threads))
+    # the worker must import the same package and test doubles as this process, whatever folder it starts in
+    variables["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    return variables
+
+
+def _follow(process: subprocess.Popen[str], console: Console, title: str) -> None:
+    """Shows "done total" lines as a bar; silent when the console is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        for line in process.stdout or ():
+            done, _, total = line.strip().partition(" ")
+            if done.isdigit() and total.isdigit():
+                bar.update(task, completed=int(done), total=int(total))
+    if not console.is_terminal:
+        console.print(f"{title} done", markup=False, highlight=False)
+
+
+def _common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    count = 0
+    for a, b in zip(ours, theirs, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _warnings(work: Workload, rows: Sequence[Row], environment: dict[str, Any]) -> list[str]:
+    found = [busy_warning(environment)] if environment.get("machine") else []
+    values = max((len(row.samples_ms) for row in rows), default=0)
+    if 0 < values < FEW_VALUES:
+        found.append(
+            f"{values} latencies per row: p95 and p99 rest on few values, raise --images-limit or --repeats to trust them"
+        )
+    if any(sample.captions for sample in work.images.samples):
+        if library_version("pycocoevalcap") is None:
+            found.append("pycocoevalcap is not installed, so captions have no score; run: pip install 'rsvlm-infer[eval]'")
+        found.append("CIDEr and BLEU depend on the set: compare them only between rows and runs with the same images")
+    return [line for line in found if line is not None]

@@ -1,0 +1,29 @@
+"""Which checkpoint formats exist. Owns the registry; a new model family is one file here and one line in `LAYOUTS`."""
+
+from __future__ import annotations
+
+from ...errors import CheckpointError
+from ..checkpoint import CheckpointFolder
+from . import rsvlm
+from .base import Layout
+
+LAYOUTS: tuple[Layout, ...] = (rsvlm.LAYOUT,)
+
+
+def detect_layout(folder: CheckpointFolder) -> Layout:
+    """The first layout that recognises the folder.
+
+    Raises:
+        CheckpointError: none does.
+    """
+    for layout in LAYOUTS:
+        if layout.matches(folder):
+            return layout
+    kind = (folder.config or {}).get("model_type")
+    raise CheckpointError(
+        f"checkpoint {folder.path} has an unknown layout (model_type {kind!r}); known are {[layout.name for layout in LAYOUTS]}; "
+        "pass a folder with config.json of one of them"
+    )
+
+
+__all__ = ["LAYOUTS", "Layout", "detect_layout"]

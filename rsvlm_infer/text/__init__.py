@@ -1,0 +1,1 @@
+"""Text in and out: tokenizer and chat templates. Knows no model, no image and no torch."""

@@ -1,0 +1,39 @@
+"""Step 4: what was trained, as the delta that the package carries: fp16 safetensors, the names and hashes of its base, the logs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rsvlm_infer.pull import BasePart
+
+
+def write_delta(run: Path, folder: Path, base: Sequence[BasePart]) -> None:
+    """Writes delta.safetensors, delta.json and the training log into `folder`; config.json and the model card stay."""
+    weights = {f"alignment.{name}": tensor for name, tensor in load_file(run / "heads.safetensors").items()}
+    for name, tensor in load_file(run / "projector.safetensors").items():
+        if name.startswith("weight."):
+            weights[f"projector.{name.removeprefix('weight.')}"] = tensor
+    temporary = folder / "delta.tmp"
+    save_file({name: tensor.to(torch.float16).contiguous() for name, tensor in weights.items()}, temporary)
+    os.replace(temporary, folder / "delta.safetensors")
+    delta = {
+        "format": 1,
+        "base": [
+            {"part": part.part, "source": f"{part.requirement} {part.member}", "sha256": part.member_sha256} for part in base
+        ],
+        "weights": "delta.safetensors",
+        "sha256": hashlib.sha256((folder / "delta.safetensors").read_bytes()).hexdigest(),
+    }
+    (folder / "delta.tmp").write_text(json.dumps(delta, indent=2) + "\n", encoding="utf-8")
+    os.replace(folder / "delta.tmp", folder / "delta.json")
+    logs = Path(__file__).with_name("logs")
+    logs.mkdir(exist_ok=True)
+    shutil.copyfile(run / "projector.jsonl", logs / "projector.jsonl")
