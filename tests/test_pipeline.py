@@ -137,6 +137,19 @@ def test_a_prompt_too_long_for_one_image_does_not_lose_the_others(tokenizer: Tok
     assert "lower max_visual_tokens" in str(answers[1].error)
 
 
+def test_a_prompt_that_does_not_fit_raises_for_one_image_and_when_strict(model: RSVLM) -> None:
+    for call in (model.caption, lambda image, **options: list(model.caption_many([image], strict=True, **options))):
+        with pytest.raises(InputError, match="need 604 positions, but the model has 512"):
+            call(picture("red"), prompt="a" * 500, max_new_tokens=100)
+
+
+def test_a_blank_prompt_is_refused_where_the_template_needs_one(tokenizer: Tokenizer) -> None:
+    chat = RSVLM(TellingBackend(telling_config(chat_template="vicuna_v1")), tokenizer)
+    with pytest.raises(InputError, match="prompt must hold a question, got only blanks"):
+        chat.caption(picture("red"), prompt="  ")
+    assert RSVLM(TellingBackend(), tokenizer).caption(picture("red"), prompt="  ").text == "A red scene."
+
+
 def test_settings_are_checked_before_any_image_is_read(model: RSVLM) -> None:
     with pytest.raises(InputError, match="max_new_tokens must be at least 1"):
         model.caption(picture("red"), max_new_tokens=0)

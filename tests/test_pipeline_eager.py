@@ -129,6 +129,13 @@ def test_the_question_changes_what_augmentation_adds(model: RSVLM, images: list[
     assert answers[0].token_ids != answers[1].token_ids
 
 
+def test_without_knowledge_and_query_augmentation_adds_nothing(model: RSVLM, images: list[np.ndarray]) -> None:
+    from rsvlm_infer.backends.eager import EagerBackend
+
+    bare = RSVLM(EagerBackend(model.backend.model), model.tokenizer)  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(bare.embed_image(images[1]), model.embed_image(images[1]))
+
+
 def test_a_saved_checkpoint_gives_the_same_answers(model: RSVLM, images: list[np.ndarray], tmp_path: Path) -> None:
     from rsvlm_infer.models.checkpoint import save_checkpoint
 

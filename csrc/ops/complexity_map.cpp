@@ -117,7 +117,7 @@ void complexity_map(const std::uint8_t* gray, const std::uint8_t* mask, std::int
     }
     const std::int64_t plane = (height + 1) * (width + 1);
 #ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic, 1) if (plane > 16384)
+#pragma omp parallel for schedule(dynamic, 1) if (plane > 65536)
 #endif
     for (int channel = 0; channel < kComplexityChannels; ++channel) {
         fill_channel(channel, gray, mask, height, width, tables + channel * plane);

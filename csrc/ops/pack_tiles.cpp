@@ -10,7 +10,7 @@ namespace rsvlm {
 namespace {
 
 constexpr std::int64_t kMaxSide = 1 << 24;
-constexpr std::int64_t kParallelBytes = 1 << 16;
+constexpr std::int64_t kParallelBytes = 1 << 20;  // the reason is in resample.cpp
 
 using Table = std::array<std::array<float, 256>, 3>;
 
@@ -103,14 +103,16 @@ void pack_tiles(const std::vector<Tile>& tiles, const PackOptions& options, floa
     count_patches(tiles, options);
     const Table table = make_table(options);
     std::vector<float*> starts;
+    std::int64_t bytes = 0;
     for (const Tile& tile : tiles) {
+        bytes += tile.image.height * tile.image.width * 3;
         starts.push_back(patches);
         patches += tile.grid_height * tile.grid_width * 3 * options.patch * options.patch;
     }
     // Many tiles: one thread per tile (the regions inside then stay serial). Few tiles: the threads share each tile.
     const auto count = static_cast<std::int64_t>(tiles.size());
 #ifdef _OPENMP
-#pragma omp parallel if (count >= 2 * num_threads() && num_threads() > 1)
+#pragma omp parallel if (count >= 2 * num_threads() && bytes > kParallelBytes)
 #endif
     {
         std::vector<std::uint8_t> pixels;

@@ -14,9 +14,11 @@ namespace {
 
 constexpr int kPrecisionBits = 32 - 8 - 2;
 constexpr std::int32_t kHalf = 1 << (kPrecisionBits - 1);
-constexpr int kRows = 16;                         // rows that one step of the horizontal pass handles, one per SIMD lane
-constexpr int kBytes = 64;                        // bytes of a row that one step of the vertical pass handles
-constexpr std::int64_t kParallelBytes = 1 << 16;  // below this a parallel region costs more than it saves
+constexpr int kRows = 16;   // rows that one step of the horizontal pass handles, one per SIMD lane
+constexpr int kBytes = 64;  // bytes of a row that one step of the vertical pass handles
+// Below about half a millisecond of work a parallel region is not worth its risk: on a busy machine one preempted thread
+// costs all of them a scheduler slice (4 ms measured).
+constexpr std::int64_t kParallelBytes = 1 << 20;
 constexpr double kPi = 3.14159265358979323846;
 
 double bilinear(double x) {
@@ -175,7 +177,7 @@ void horizontal_pass(const std::uint8_t* rows, std::int64_t row_stride, std::int
         std::vector<std::uint8_t> columns(static_cast<std::size_t>(in_bytes * kRows));
         std::vector<std::uint8_t> result(static_cast<std::size_t>(out_bytes * kRows));
 #ifdef _OPENMP
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
 #endif
         for (std::int64_t block = 0; block < blocks; ++block) {
             const std::int64_t first = block * kRows;
@@ -205,7 +207,7 @@ void vertical_pass(const std::uint8_t* rows, std::int64_t row_stride, std::int64
                    std::int64_t input_first, std::uint8_t* out, std::int64_t out_row_stride) {
     const std::int64_t outputs = static_cast<std::int64_t>(axis.begin.size());
 #ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic, 16) if (outputs * row_bytes > kParallelBytes)
+#pragma omp parallel for schedule(static) if (outputs * row_bytes > kParallelBytes)
 #endif
     for (std::int64_t row = 0; row < outputs; ++row) {
         const auto index = static_cast<std::size_t>(row);

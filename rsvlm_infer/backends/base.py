@@ -77,7 +77,7 @@ class Backend(Protocol):
         """Feeds one token to every row; logits [B, V]. The cache grows in place."""
 
     def keep(self, cache: Any, rows: Sequence[int]) -> Any:
-        """A cache of only these rows, in this order; the old one must not be used again."""
+        """A cache of only these rows, in this order, copied where a row repeats; the old one must not be used again."""
 
     def embed_image(self, features: ImageFeatures) -> Embeddings:
         """Alignment embeddings of an encoded scene."""

@@ -55,6 +55,7 @@ def _stages(figure_class: Any, rows: Sequence[Row]) -> str:
     figure, axes = _axes(figure_class, 1.5 + 0.5 * len(rows))
     places = list(range(len(rows)))
     left = [0.0] * len(rows)
+    widest = max(row.latency_ms.mean for row in rows if row.latency_ms is not None)
     for name, color in (*zip(STAGES, STAGE_COLORS, strict=True), ("other", OTHER_COLOR)):
         values = [
             (other_ms(row) or 0.0) if name == "other" else row.stages[name].mean if name in row.stages else 0.0 for row in rows
@@ -69,6 +70,10 @@ def _stages(figure_class: Any, rows: Sequence[Row]) -> str:
             edgecolor="white",
             linewidth=0.6,
         )
+        for place, (start, value) in enumerate(zip(left, values, strict=True)):
+            if value > 0.06 * widest:  # narrower than its number otherwise
+                ink = "white" if name in ("encode_ms", "prefill_ms", "decode_ms") else INK
+                axes.text(start + value / 2, place, f"{value:,.0f}", ha="center", va="center", color=ink, fontsize=9)
         left = [start + value for start, value in zip(left, values, strict=True)]
     for place, total in zip(places, left, strict=True):
         axes.text(total, place, f" {total:,.0f} ms", va="center", color=INK)

@@ -16,14 +16,14 @@ from ..backends import BACKENDS
 from ..errors import InputError, MissingDependencyError, RsvlmError
 from ..pipeline import default_checkpoint
 from .accuracy import measure_accuracy
-from .compare import Comparison, Rule, compare
+from .compare import Comparison, Rule, compare, refuse, setting_differences
 from .environment import environment
 from .html import render_html
 from .images import choose_images
 from .measure import Workload
 from .output import write_atomically
 from .rsvqa import fetch_rsvqa
-from .runner import plan_rows, run_rows
+from .runner import describe, plan_rows, run_rows
 from .schema import BASELINE, SCENARIOS, Report, read_report
 from .tables import Table, markdown, report_tables
 
@@ -127,8 +127,15 @@ def _run_bench(options: argparse.Namespace, arguments: Sequence[str], rules: lis
         rows = plan_rows(
             options.backend or list(BACKENDS), options.precision or DEFAULT_PRECISIONS, options.scenario or SCENARIOS
         )
-        report = run_rows(_workload(options, DEFAULT_LIMIT, errors), rows, environment(arguments), errors)
-    comparison = None if older is None else compare(report, older, rules, force=options.force)
+        work, here = _workload(options, DEFAULT_LIMIT, errors), environment(arguments)
+        if older is not None:  # before minutes are spent on a result that cannot be compared
+            refuse(setting_differences(Report(here, describe(work), ()), older), force=options.force)
+        report = run_rows(work, rows, here, errors)
+    try:
+        comparison = None if older is None else compare(report, older, rules, force=options.force)
+    except InputError:
+        _write(report, None, options.output, errors)  # what was measured is kept, even when it cannot be compared
+        raise
     for path in _write(report, comparison, options.output, errors):
         errors.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
     _show(report_tables(report, comparison), [*report.warnings, *(comparison.differences if comparison else ())], errors)
@@ -151,6 +158,7 @@ def _run_accuracy(options: argparse.Namespace, arguments: Sequence[str], errors:
 
 
 def _workload(options: argparse.Namespace, default_limit: int | None, errors: Console) -> Workload:
+    checkpoint = _checkpoint(options.checkpoint, errors)
     limit = options.images_limit if options.images_limit is not None else default_limit
     images = choose_images(
         options.images,
@@ -160,7 +168,7 @@ def _workload(options: argparse.Namespace, default_limit: int | None, errors: Co
         fetch_rsvqa=lambda: fetch_rsvqa(errors),
     )
     return Workload(
-        checkpoint=str(options.checkpoint or default_checkpoint()),
+        checkpoint=str(checkpoint),
         images=images.limited(limit or None, options.seed),
         repeats=options.repeats,
         warmup=options.warmup,
@@ -170,6 +178,19 @@ def _workload(options: argparse.Namespace, default_limit: int | None, errors: Co
         threads=options.threads,
         seed=options.seed,
     )
+
+
+def _checkpoint(folder: Path | None, errors: Console) -> Path:
+    """The folder to measure; the default one is made when it is not there yet."""
+    if folder is None and not default_checkpoint().is_dir():
+        from ..pull import pull
+
+        with errors.status("making the default checkpoint, as `rsvlm pull` does: about 180 MB to download"):
+            return pull()
+    folder = folder or default_checkpoint()
+    if not folder.is_dir():
+        raise InputError(f"--checkpoint must name a checkpoint folder, got {str(folder)!r}; check the path")
+    return folder
 
 
 def _write(report: Report, comparison: Comparison | None, folder: Path, errors: Console) -> list[Path]:

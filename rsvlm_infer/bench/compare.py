@@ -85,8 +85,8 @@ def percent_change(after: float, before: float) -> float:
     return (after - before) / abs(before) * 100
 
 
-def differences(new: Report, old: Report) -> list[str]:
-    """Why the two results should not be compared; empty when they fit."""
+def setting_differences(new: Report, old: Report) -> list[str]:
+    """Why the two results should not be compared, whatever their rows: other schema, machine or workload."""
     found = []
     if new.schema != old.schema or new.schema != SCHEMA:
         found.append(f"schema is {new.schema}, was {old.schema}")
@@ -100,10 +100,22 @@ def differences(new: Report, old: Report) -> list[str]:
             for key in keys
             if after.get(key) != before.get(key)
         ]
+    return found
+
+
+def differences(new: Report, old: Report) -> list[str]:
+    """Why the two results should not be compared; empty when they fit."""
+    found = setting_differences(new, old)
     new_rows, old_rows = ({row.key for row in report.rows if row.ok} for report in (new, old))
     found += [f"row {' '.join(key)} is only in the newer result" for key in sorted(new_rows - old_rows)]
     found += [f"row {' '.join(key)} is only in the older result" for key in sorted(old_rows - new_rows)]
     return found
+
+
+def refuse(found: list[str], *, force: bool) -> None:
+    """Raises InputError when there are differences and `force` is off."""
+    if found and not force:
+        raise InputError(f"the results do not compare: {'; '.join(found)}; measure both alike, or pass --force")
 
 
 def compare(new: Report, old: Report, rules: list[Rule], *, force: bool = False) -> Comparison:
@@ -113,8 +125,7 @@ def compare(new: Report, old: Report, rules: list[Rule], *, force: bool = False)
         InputError: the results do not fit each other and `force` is off, no row is in both, or a rule's metric is in no row.
     """
     found = differences(new, old)
-    if found and not force:
-        raise InputError(f"the results do not compare: {'; '.join(found)}; measure both alike, or pass --force")
+    refuse(found, force=force)
     older = {row.key: row for row in old.rows if row.ok}
     pairs = tuple((row, older[row.key]) for row in new.rows if row.ok and row.key in older)
     if not pairs:

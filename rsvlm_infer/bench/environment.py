@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
 import shlex
 import subprocess
@@ -21,7 +22,7 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
     hardware = probe(gpu=True).to_dict()
     packages = {name: version for name, version in hardware.pop("libraries").items() if version is not None}
     python = hardware.pop("python")
-    return {
+    values = {
         "machine": hardware,
         "python": python,
         "rsvlm_infer": __version__,
@@ -31,6 +32,8 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "rsvlm_infer.bench", *argv]),
         "load_average": load_average(),
     }
+    plain: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists, as they are in a file
+    return plain
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

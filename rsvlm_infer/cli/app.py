@@ -405,8 +405,8 @@ def _labels(labels: str | None, labels_file: Path | None) -> list[str]:
 def _plan_summary(report: ScenePlan) -> str:
     plan = report.plan
     return (
-        f"{plan.scene_height} x {plan.scene_width} px\t{plan.tiling}\t{len(plan.tiles)} tiles\t{plan.num_patches} patches\t"
-        f"{report.num_tokens} visual tokens"
+        f"{plan.scene_height} x {plan.scene_width} px (height x width)\t{plan.tiling}\t{len(plan.tiles)} tiles\t"
+        f"{plan.num_patches} patches\t{report.num_tokens} visual tokens"
     )
 
 

@@ -113,7 +113,7 @@ class RasterScene(Scene):
         if georeferenced:
             self.transform = tuple(dataset.transform)[:6]
             corners = ((0, 0), (self.width, 0), (0, self.height), (self.width, self.height))
-            xs, ys = zip(*(dataset.transform * corner for corner in corners), strict=True)
+            xs, ys = zip(*(_place(dataset.transform, *corner) for corner in corners), strict=True)
             self.bounds = (min(xs), min(ys), max(xs), max(ys))
         if dataset.crs is not None:
             self.crs = dataset.crs.to_string()
@@ -188,7 +188,7 @@ def ground_sampling_distance(dataset: Any) -> float | None:
     is longer than a metre on the ground. Geographic systems: degrees times the length of a degree at that latitude.
     """
     transform, crs = dataset.transform, dataset.crs
-    x, y = transform * (dataset.width / 2, dataset.height / 2)
+    x, y = _place(transform, dataset.width / 2, dataset.height / 2)
     try:
         if crs.is_geographic:
             latitude = math.radians(max(-90.0, min(90.0, y)))
@@ -207,6 +207,11 @@ def ground_sampling_distance(dataset: Any) -> float | None:
     row = math.hypot(transform.b * metres_x, transform.e * metres_y)
     distance = math.sqrt(column * row)
     return distance if math.isfinite(distance) and distance > 0 else None
+
+
+def _place(transform: Any, col: float, row: float) -> tuple[float, float]:
+    """Pixel corner -> crs coordinates; affine 2 writes this product `*`, affine 3 `@`."""
+    return transform.a * col + transform.b * row + transform.c, transform.d * col + transform.e * row + transform.f
 
 
 def _palette(dataset: Any, bands: tuple[int, ...]) -> NDArray[np.uint8] | None:

@@ -160,7 +160,7 @@ def _read_tile(
         y0, y1 = _span(top, bottom, scene.height, reduced.shape[0])
         x0, x1 = _span(left, right, scene.width, reduced.shape[1])
         rgb = reduced[y0:y1, x0:x1]
-        reduction = scene.height / reduced.shape[0]
+        reduction = max(scene.height / reduced.shape[0], scene.width / reduced.shape[1])
     else:
         reduction = _reduction(scene, tile)
         height, width = bottom - top, right - left

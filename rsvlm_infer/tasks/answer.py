@@ -35,7 +35,7 @@ class AnswerDraft:
 
     def answer(self) -> Answer:
         """The finished answer."""
-        prefill_ms, decode_ms = self.step_ms[0], sum(self.step_ms[1:])
+        prefill_ms, decode_ms = self.step_ms[0], sum(self.step_ms[1:], 0.0)
         prepared = self.prepared
         return Answer(
             source=prepared.source,

@@ -9,8 +9,7 @@ import pytest
 
 from rsvlm_infer.bench.compare import Rule, compare, differences, percent_change
 from rsvlm_infer.errors import InputError
-
-from .conftest import make_report, make_row
+from tests.bench.made_up import make_report, make_row
 
 
 @pytest.mark.parametrize(
@@ -89,7 +88,9 @@ def test_other_machine_work_schema_or_rows_are_refused_unless_forced() -> None:
     old = make_report(make_row(), make_row("bfloat16"))
     environment = {**old.environment, "machine": {**old.environment["machine"], "cpu": "Other CPU"}}
     new = dataclasses.replace(
-        make_report(make_row(), make_row(scenario="Offline"), images_digest="def"), environment=environment, schema="rsvlm-bench/2"
+        make_report(make_row(), make_row(scenario="Offline"), images_digest="def"),
+        environment=environment,
+        schema="rsvlm-bench/2",
     )
     found = differences(new, old)
     assert found == [

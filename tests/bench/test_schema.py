@@ -9,8 +9,7 @@ import pytest
 
 from rsvlm_infer.bench.schema import SCHEMA, Agreement, Report, Summary, read_report
 from rsvlm_infer.errors import InputError
-
-from .conftest import make_report, make_row
+from tests.bench.made_up import make_report, make_row
 
 
 def test_summary_by_hand() -> None:
@@ -59,7 +58,13 @@ def test_json_round_trip_keeps_everything(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "cannot be read"), ("{", "not JSON"), ("[]", "schema"), ('{"schema": "other/1"}', "schema"), ('{"schema": "rsvlm-bench/1"}', "KeyError")],
+    [
+        (None, "cannot be read"),
+        ("{", "not JSON"),
+        ("[]", "schema"),
+        ('{"schema": "other/1"}', "schema"),
+        ('{"schema": "rsvlm-bench/1"}', "KeyError"),
+    ],
 )
 def test_damaged_results_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "bench.json"

@@ -41,7 +41,12 @@ def test_window_equals_a_direct_computation(window: tuple[int, int, int, int]) -
 
 def test_weights_choose_and_are_normalised() -> None:
     entropy, edges, deviation = direct(to_grey(NOISE // 8), 0, 0, 40, 60)
-    for weights, expected in (((1, 0, 0), entropy), ((0, 5, 0), edges), ((0, 0, 2), deviation), ((1, 1, 0), (entropy + edges) / 2)):
+    for weights, expected in (
+        ((1, 0, 0), entropy),
+        ((0, 5, 0), edges),
+        ((0, 0, 2), deviation),
+        ((1, 1, 0), (entropy + edges) / 2),
+    ):
         config = DrisConfig(entropy_weight=weights[0], edge_weight=weights[1], variance_weight=weights[2])
         assert ComplexityMap(NOISE // 8, EVERYWHERE, config).window(0, 0, 40, 60) == pytest.approx(expected, abs=1e-6)
     zero = DrisConfig(entropy_weight=0, edge_weight=0, variance_weight=0)

@@ -246,13 +246,13 @@ def test_contract_is_checked() -> None:
         plan_scene(0, 5, DRIS)
     with pytest.raises(InputError, match=r"tiling must be one of \['fixed', 'anyres', 'dris'\], got 'quad'"):
         plan_scene(5, 5, DRIS, tiling="quad")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="multiples of preprocess.tile_px 56"):
+    with pytest.raises(ConfigError, match=r"multiples of preprocess\.tile_px 56"):
         plan_scene(5, 5, imagery_config("fixed", tile_px=56, pinpoints=((56, 100),)), tiling="anyres")
     with pytest.raises(ConfigError, match=r"needs grid_pinpoints .* got \[\]"):
         plan_scene(5, 5, imagery_config("fixed", pinpoints=()), tiling="anyres")
     with pytest.raises(ConfigError, match=r"dris.max_visual_tokens must hold the base tile \(576 patches"):
         plan_scene(5, 5, imagery_config("dris", dris=DrisConfig(max_visual_tokens=575)))
-    with pytest.raises(InputError, match='plan.tiling must be "anyres"'):
+    with pytest.raises(InputError, match=r'plan\.tiling must be "anyres"'):
         anyres_kept_window(plan_scene(5, 5, DRIS), DRIS)
 
 
@@ -332,7 +332,9 @@ def test_leaves_and_dropped_windows_partition_the_scene(scene: tuple[int, int, i
 
 @given(scenes, budgets)
 @settings(max_examples=150)
-def test_budgets_hold_and_leaves_are_no_finer_than_their_pixels(scene: tuple[int, int, int, float], budget: dict[str, Any]) -> None:
+def test_budgets_hold_and_leaves_are_no_finer_than_their_pixels(
+    scene: tuple[int, int, int, float], budget: dict[str, Any]
+) -> None:
     plan = plan_of(scene, **budget)
     assert len(plan.tiles) <= budget["max_tiles"]
     assert plan.num_patches <= budget["max_patches"]

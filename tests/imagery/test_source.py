@@ -253,7 +253,14 @@ def test_what_is_no_image_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["http://example.org/a.tif", "https://example.org/a.png", "s3://b/a.tif", "/vsicurl/http://e.org/a.tif", "zip+https://e/a", "file:/a"],
+    [
+        "http://example.org/a.tif",
+        "https://example.org/a.png",
+        "s3://b/a.tif",
+        "/vsicurl/http://e.org/a.tif",
+        "zip+https://e/a",
+        "file:/a",
+    ],
 )
 def test_addresses_are_refused(address: str) -> None:
     for source in (address, Path(address)):

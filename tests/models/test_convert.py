@@ -263,10 +263,10 @@ def test_onnx_damaged(tmp_path: Path) -> None:
     for content in (b"not an ONNX file", whole[: len(whole) // 2]):
         (tmp_path / "bad.onnx").write_bytes(content)
         with pytest.raises(CheckpointError, match="must be a whole ONNX file"):
-            convert.onnx_vision_encoder(tmp_path / "bad.onnx")
+            convert.onnx_vision_encoder(tmp_path / "bad.onnx", (1, 2, 3))
     (tmp_path / "bad.onnx").write_bytes(b"")  # an empty protobuf is a valid, empty one
     with pytest.raises(CheckpointError, match="must hold the array"):
-        convert.onnx_vision_encoder(tmp_path / "bad.onnx")
+        convert.onnx_vision_encoder(tmp_path / "bad.onnx", (1, 2, 3))
     model = onnx.load(str(tmp_path / "v.onnx"))
     for index, item in enumerate(model.graph.initializer):
         if item.name == "backbone.encoder.layer.2.mlp.fc1.bias":
@@ -275,12 +275,12 @@ def test_onnx_damaged(tmp_path: Path) -> None:
             last = index
     onnx.save(model, str(tmp_path / "bad.onnx"))
     with pytest.raises(CheckpointError, match=r"layer\.2\.mlp\.fc1\.bias must have shape \(64,\), got \(63,\)"):
-        convert.onnx_vision_encoder(tmp_path / "bad.onnx")
+        convert.onnx_vision_encoder(tmp_path / "bad.onnx", (1, 2, 3))
     model = onnx.load(str(tmp_path / "v.onnx"))
     del model.graph.initializer[last]
     onnx.save(model, str(tmp_path / "bad.onnx"))
     with pytest.raises(CheckpointError, match=r"must hold the array backbone\.encoder\.layer\.3\.norm1\.bias"):
-        convert.onnx_vision_encoder(tmp_path / "bad.onnx")
+        convert.onnx_vision_encoder(tmp_path / "bad.onnx", (1, 2, 3))
 
 
 def test_absent_packages_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

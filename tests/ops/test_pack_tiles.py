@@ -175,6 +175,21 @@ def test_native_equals_eager_on_a_large_tile_and_on_strided_views() -> None:
     np.testing.assert_allclose(got, pack(eager, *arguments), rtol=0, atol=TOLERANCE)
 
 
+@needs_native
+@pytest.mark.parametrize(("count", "side", "grid"), [(1, 800, 50), (8, 300, 16)])
+def test_threads_change_no_bit(count: int, side: int, grid: int) -> None:
+    """Work above the threshold of the parallel regions: inside one tile, and over many tiles."""
+    arguments = (
+        [random_image(side, side, t) for t in range(count)],
+        [(grid * 14,) * 2] * count,
+        [(0, 0)] * count,
+        [(grid,) * 2] * count,
+    )
+    got = pack(resolve("pack_tiles", "native"), *arguments)
+    np.testing.assert_allclose(got, pack(eager, *arguments), rtol=0, atol=TOLERANCE)
+    assert_same_bits(pack(resolve("pack_tiles", "native"), *arguments), got)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_tile_is_the_same_alone_and_among_others(implementation: str) -> None:
     op = resolve("pack_tiles", implementation)

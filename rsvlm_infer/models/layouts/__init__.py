@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from ...errors import CheckpointError
 from ..checkpoint import CheckpointFolder
-from . import rsvlm
+from . import clip, hf_llava, hf_vision, original_llava, rsvlm
 from .base import Layout
 
-LAYOUTS: tuple[Layout, ...] = (rsvlm.LAYOUT,)
+LAYOUTS: tuple[Layout, ...] = (
+    rsvlm.LAYOUT,
+    original_llava.LAYOUT,
+    hf_llava.LAYOUT,
+    hf_vision.LAYOUT,
+    clip.HF_LAYOUT,
+    clip.OPEN_CLIP_LAYOUT,  # last: without a config.json it is recognised by its weight names
+)
 
 
 def detect_layout(folder: CheckpointFolder) -> Layout:

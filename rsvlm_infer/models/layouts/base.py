@@ -10,28 +10,29 @@ from ...config import RsvlmConfig
 from ..checkpoint import CheckpointFolder
 from ..weight_tables import Rule
 
-
-def _folder_files(folder: CheckpointFolder) -> Sequence[Path]:
-    return folder.base_files
+Weights = list[tuple[Path, Sequence[Rule]]]
 
 
 @dataclass(frozen=True)
 class Layout:
     """One checkpoint format.
 
-    `matches` looks at the raw config and at most at weight names; `config` gives the checked config; `rules` the weight table of a
-    config. `extra_files` and `extra_rules` belong to weights that lie in another folder (original LLaVA's vision encoder).
-    `hint` is the next step in the message about weights that do not fit.
+    `matches` looks at the raw config and at most at weight names; `config` gives the checked config; `weights` the files in
+    reading order, each with its table; `hint` is the next step in the message about weights that do not fit.
     """
 
     name: str
     matches: Callable[[CheckpointFolder], bool]
     config: Callable[[CheckpointFolder], RsvlmConfig]
-    rules: Callable[[RsvlmConfig], Sequence[Rule]]
+    weights: Callable[[CheckpointFolder, RsvlmConfig], Weights]
     hint: str = "download the checkpoint again, or correct config.json"
-    files: Callable[[CheckpointFolder], Sequence[Path]] = _folder_files
 
-    def weights(self, folder: CheckpointFolder, config: RsvlmConfig) -> list[tuple[Path, Sequence[Rule]]]:
-        """The weight files in reading order, each with its table."""
-        rules = self.rules(config)
-        return [(path, rules) for path in self.files(folder)]
+
+def one_table(folder: CheckpointFolder, rules: Sequence[Rule]) -> Weights:
+    """The same table for every file of the folder."""
+    return [(path, rules) for path in folder.base_files]
+
+
+def model_type(folder: CheckpointFolder) -> object:
+    """`model_type` of the raw config; None without a config."""
+    return (folder.config or {}).get("model_type")

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from ...config import RsvlmConfig
-from ..checkpoint import CheckpointFolder
 from ..weight_tables import RSVLM
-from .base import Layout
-
-
-def _config(folder: CheckpointFolder) -> RsvlmConfig:
-    return RsvlmConfig.from_dict(folder.config or {})
-
+from .base import Layout, model_type, one_table
 
 LAYOUT = Layout(
     name="rsvlm",
-    matches=lambda folder: (folder.config or {}).get("model_type") == "rsvlm",
-    config=_config,
-    rules=lambda config: RSVLM,
+    matches=lambda folder: model_type(folder) == "rsvlm",
+    config=lambda folder: RsvlmConfig.from_dict(folder.config or {}),
+    weights=lambda folder, config: one_table(folder, RSVLM),
     hint="run `rsvlm pull` again, or correct config.json",
 )

@@ -1,0 +1,200 @@
+"""The command: exit codes, files, what goes where."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rsvlm_infer.bench import command, main
+from rsvlm_infer.bench.measure import Workload
+from rsvlm_infer.bench.schema import Report, read_report
+from tests.bench.conftest import FAKE
+from tests.bench.made_up import make_report, make_row
+
+
+@pytest.fixture
+def bench(rsicd: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the command on the tiny set with the fake model."""
+    monkeypatch.setattr(command, "Workload", lambda **values: Workload(**values, model=FAKE))
+
+    def run(*arguments: str) -> int:
+        base = ["--checkpoint", str(checkpoint), "--images", str(rsicd), "--output", str(tmp_path / "out"), "--threads", "1"]
+        return main([*base, *arguments])
+
+    return run
+
+
+def _save(report: Report, file: Path) -> Path:
+    file.write_text(json.dumps(report.to_dict()), encoding="utf-8")
+    return file
+
+
+def test_a_run_writes_three_files_and_prints_its_tables(
+    bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--scenario", "SingleStream", "--images-limit", "3", "--warmup", "0") == 0
+    out, err = capsys.readouterr()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.html", "bench.json", "bench.md"]
+    report = read_report(tmp_path / "out" / "bench.json")
+    assert [row.key for row in report.rows] == [("eager", "float32", "SingleStream"), ("eager", "bfloat16", "SingleStream")]
+    assert report.workload["images"] == 3
+    assert report.workload["threads"] == 1
+    assert report.environment["command"].startswith("python -m rsvlm_infer.bench --checkpoint")
+    assert "SingleStream" in out
+    assert "eager bfloat16" in out
+    assert "warning: " in err
+    assert "wrote " in err
+    assert "wrote " not in out
+
+
+def test_partly_failed_is_3_and_a_failed_baseline_is_1(bench: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--scenario", "Offline", "--images-limit", "1", "--warmup", "0")
+    assert bench(*arguments, "--precision", "float16") == 3
+    assert "precision float16 is not for this fake" in capsys.readouterr().err
+    assert bench(*arguments, "--precision", "float32", "--tiling", "dris", "--max-new-tokens", "2") == 0
+
+
+def test_failed_baseline_in_a_result_is_an_error(tmp_path: Path) -> None:
+    source = _save(make_report(make_row(error="broken"), make_row("bfloat16")), tmp_path / "result.json")
+    assert main(["--from", str(source), "--output", str(tmp_path / "out")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "code", "line"),
+    [
+        ("p95>+10%", 1, "violated: eager float32 SingleStream: p95 was 385, is 462 (+20.0%); violates p95>+10%"),
+        ("p95>+25%", 0, None),
+        ("p59>+25%", 1, "error: metric of 'p59>+25%' must be in the older result"),
+    ],
+)
+def test_rules_decide_the_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rule: str, code: int, line: str | None
+) -> None:
+    old = _save(make_report(make_row()), tmp_path / "old.json")
+    new = _save(make_report(make_row(ms=120.0)), tmp_path / "new.json")
+    arguments = ["--from", str(new), "--compare", str(old), "--output", str(tmp_path / "out"), "--fail-if", rule]
+    assert main(arguments) == code
+    err = capsys.readouterr().err
+    assert line is None or line in err
+    assert ("violated" in err) == (line is not None and line.startswith("violated"))
+
+
+def test_results_that_do_not_fit_need_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = _save(make_report(make_row(), images_digest="other"), tmp_path / "old.json")
+    new = _save(make_report(make_row()), tmp_path / "new.json")
+    arguments = ["--from", str(new), "--compare", str(old), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert "pass --force" in capsys.readouterr().err
+    assert main([*arguments, "--force"]) == 0
+    assert "warning: workload images_digest is 'abc', was 'other'" in capsys.readouterr().err
+
+
+def test_the_older_result_may_lie_where_the_new_one_goes(bench: Callable[..., int], tmp_path: Path) -> None:
+    arguments = ("--scenario", "Offline", "--images-limit", "2", "--warmup", "0", "--precision", "float32")
+    assert bench(*arguments) == 0
+    assert bench(*arguments, "--compare", str(tmp_path / "out" / "bench.json"), "--fail-if", "class_accuracy<-0.01") == 0
+
+
+def test_a_comparison_that_cannot_be_is_refused_before_measuring_and_results_are_kept_after(
+    bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--scenario", "Offline", "--images-limit", "2", "--warmup", "0", "--precision", "float32")
+    assert bench(*arguments) == 0
+    older = (tmp_path / "out" / "bench.json").rename(tmp_path / "old.json")
+    assert bench(*arguments, "--compare", str(older), "--fail-if", "p59>1") == 1  # known only once the rows are there
+    assert (tmp_path / "out" / "bench.json").is_file()
+    monkeypatch.setattr(command, "run_rows", lambda *_: pytest.fail("must not measure"))
+    capsys.readouterr()
+    assert bench(*arguments, "--max-new-tokens", "3", "--compare", str(older)) == 1
+    assert "workload max_new_tokens is 3, was 32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fail-if", "p95>+10%"], "add --compare"),
+        (["--compare", "x.json", "--fail-if", "p95"], "METRIC OP LIMIT"),
+        (["--scenario", "Server"], "invalid choice"),
+        (["--images-limit", "-1"], "--images-limit must be at least 0"),
+        (["--unknown"], "unrecognized arguments"),
+    ],
+)
+def test_usage_errors_are_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_errors_are_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--images", str(tmp_path / "absent")]) == 1
+    assert main(["--compare", str(tmp_path / "absent.json")]) == 1
+    err = capsys.readouterr().err
+    assert "error: --images must name a folder" in err
+    assert "error: bench result" in err
+
+
+def test_a_missing_default_checkpoint_is_made_and_a_named_one_must_exist(
+    rsicd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RSVLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(command, "run_rows", lambda work, *_: make_report(make_row(), checkpoint=work.checkpoint))
+    monkeypatch.setattr("rsvlm_infer.pull.pull", lambda: tmp_path / "made")
+    arguments = ["--images", str(rsicd), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert read_report(tmp_path / "out" / "bench.json").workload["checkpoint"] == str(tmp_path / "made")
+    assert main([*arguments, "--checkpoint", str(tmp_path / "absent")]) == 1
+    assert "--checkpoint must name a checkpoint folder" in capsys.readouterr().err
+
+
+def test_help_explains_rules(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "p95>+10%" in capsys.readouterr().out
+
+
+def test_without_the_report_extra_the_page_is_left_out_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    source = _save(make_report(make_row()), tmp_path / "result.json")
+    assert main(["--from", str(source), "--output", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.md"]
+    assert "no bench.html: the HTML report needs Jinja2" in capsys.readouterr().err
+
+
+def test_accuracy_only_scores_the_whole_split(
+    bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--accuracy-only", "--split", "test") == 0
+    values = json.loads((tmp_path / "out" / "accuracy.json").read_text(encoding="utf-8"))
+    assert values["workload"]["images"] == 4
+    assert values["metrics"]["class_accuracy"] == 0.75
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    assert "text to image r10" in capsys.readouterr().out
+
+
+def test_default_limit_is_small_and_zero_means_all(
+    bench: Callable[..., int], rsicd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def stop(work: Workload, *others: object) -> Report:
+        seen.append(len(work.images.samples))
+        return make_report(make_row())
+
+    monkeypatch.setattr(command, "run_rows", stop)
+    monkeypatch.setattr(command, "DEFAULT_LIMIT", 2)
+    assert bench() == 0
+    assert bench("--images-limit", "0") == 0
+    assert seen == [2, 4]
+
+
+def test_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rsvlm_infer.bench", "--scenario", "x"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "rsvlm bench: error" in done.stderr
