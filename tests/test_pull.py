@@ -352,7 +352,7 @@ def test_delta_that_does_not_fit_is_refused(world: World, monkeypatch: pytest.Mo
     monkeypatch.setattr(pulling, "DELTA_FOLDER", world.delta / "absent")
     with pytest.raises(CheckpointError, match="reinstall rsvlm-infer"):
         pull(world.home, wheels=world.index)
-    assert not world.home.exists()
+    assert not world.folder.exists()
 
 
 def test_missing_converters_are_named_before_anything_is_downloaded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from .output import write_atomically
 from .quality import caption_quality, class_quality, classify_samples, question_quality, retrieval_quality
 from .runner import describe
 from .schema import Report
-from .tables import Table, quality_text, summary_lines
+from .tables import Table, metric_title, quality_text, summary_lines
 
 SCHEMA = "rsvlm-accuracy/1"
 
@@ -52,7 +52,7 @@ class AccuracyResult:
 
     def table(self) -> Table:
         """Metric and value."""
-        cells = tuple((name.replace("_", " "), quality_text(name, value)) for name, value in self.metrics.items())
+        cells = tuple((metric_title(name), quality_text(name, value)) for name, value in self.metrics.items())
         title = f"Accuracy on {self.workload['image_set']}, {self.workload['images']} images ({self.backend} {self.precision})"
         return Table(title, ("metric", "value"), cells)
 

@@ -15,6 +15,7 @@ COMPARED = (
     "p50", "p95", "ttft_ms_p50", "tpot_ms_p50", "images_per_s", "peak_rss_bytes", "load_ms",
     "class_accuracy", "cider", "answer_accuracy", "same_tokens",
 )  # fmt: skip
+METRIC_TITLES = {"bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
 EXAMPLES = 4
 NOTHING = "–"
 
@@ -110,6 +111,11 @@ def quality_text(name: str, value: float | None) -> str:
     return _percent(value) if name.startswith(FRACTIONS) else f"{value:.3f}"
 
 
+def metric_title(name: str) -> str:
+    """A metric's name as a heading."""
+    return METRIC_TITLES.get(name, name.replace("_", " "))
+
+
 def row_name(row: Row) -> str:
     return f"{row.backend} {row.precision}"
 
@@ -170,7 +176,7 @@ def _resources(rows: Sequence[Row]) -> Table:
 
 def _accuracy(rows: Sequence[Row]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row.quality))
-    columns = [(name.replace("_", " "), _quality_cell(name)) for name in names]
+    columns = [(metric_title(name), _quality_cell(name)) for name in names]
     columns += [
         ("same tokens", _agreement_cell("same_tokens", _percent)),
         ("same prefix", _agreement_cell("token_prefix", _percent)),

@@ -95,6 +95,7 @@ class StreamDecoder:
     """Text of one answer as its tokens come: the pieces join to what `Tokenizer.decode` makes of all of them.
 
     A piece is held back while its last character is incomplete, because a character of text may be several byte tokens.
+    One difference: Llama's decoder shows whole runs of bytes as U+FFFD for one wrong byte in them; what was shown stays shown.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -115,7 +116,8 @@ class StreamDecoder:
     def _release(self, final: bool) -> str:
         before = self._tokenizer.decode(self._ids[self._context : self._shown])
         text = self._tokenizer.decode(self._ids[self._context :])
-        if len(text) <= len(before) or (text.endswith(_UNFINISHED) and not final):
+        piece = text[len(before) :] if text.startswith(before) else self._tokenizer.decode(self._ids[self._shown :])
+        if not piece or (piece.endswith(_UNFINISHED) and not final):
             return ""
         self._context, self._shown = self._shown, len(self._ids)
-        return text[len(before) :]
+        return piece

@@ -20,6 +20,7 @@ from rasterio.enums import ColorInterp, Resampling  # noqa: E402
 from rasterio.transform import Affine  # noqa: E402
 
 from rsvlm_infer.imagery.geo import default_bands, ground_sampling_distance  # noqa: E402
+from tests.imagery.memory import peak_mib  # noqa: E402
 
 RNG = np.random.default_rng(11)
 UTM = {"crs": "EPSG:32631", "transform": Affine(10, 0, 500_000, 0, -10, 5_000_000)}
@@ -250,6 +251,19 @@ def test_overviews_are_used(tmp_path: Path) -> None:
     with open_scene(path) as scene:
         assert (scene.read(0, 0, 512, 512)[0] == 200).all()
         assert (scene.overview(128)[0] == 10).all()
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_memory_stays_bounded_without_overviews(tmp_path: Path, repository: Path) -> None:
+    """A 16000 x 16000 uint16 scene, striped, no overviews: 512 MB of values."""
+    path = tmp_path / "striped.tif"
+    rows = (np.arange(16000) // 7 % 4000 + 500).astype(np.uint16)
+    with rasterio.open(
+        path, "w", driver="GTiff", dtype="uint16", count=1, height=16000, width=16000, compress="deflate", zlevel=1
+    ) as dataset:
+        for start in range(0, 16000, 2000):
+            dataset.write(np.broadcast_to(rows, (1, 2000, 16000)), window=((start, start + 2000), (0, 16000)))
+    assert max(peak_mib(path, repository).values()) < 640
 
 
 # --- ground metres -----------------------------------------------------------------------------------------------------------
