@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from ..backends import BACKENDS
 from ..errors import InputError, MissingDependencyError, RsvlmError
@@ -215,7 +216,7 @@ def _show(tables: Sequence[Table], warnings: Sequence[str], errors: Console) -> 
         for index, title in enumerate(table.header):
             shown.add_column(title, justify="left" if index == 0 or table.prose else "right")
         for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown, markup=False)
+            shown.add_row(*map(Text, row))  # a plain str would be read for rich's [markup]
+        console.print(shown)
     for line in warnings:
         errors.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)

@@ -84,6 +84,12 @@ def test_rules_decide_the_exit_code(
     assert ("violated" in err) == (line is not None and line.startswith("violated"))
 
 
+def test_square_brackets_in_a_caption_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = _save(make_report(make_row(answers={"a.jpg": "a [red] roof [/]"})), tmp_path / "result.json")
+    assert main(["--from", str(source), "--output", str(tmp_path / "out")]) == 0
+    assert "a [red] roof [/]" in capsys.readouterr().out
+
+
 def test_results_that_do_not_fit_need_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = _save(make_report(make_row(), images_digest="other"), tmp_path / "old.json")
     new = _save(make_report(make_row()), tmp_path / "new.json")
