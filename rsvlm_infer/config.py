@@ -297,7 +297,9 @@ class RsvlmConfig:
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(f"config file {path} is not JSON ({error}); restore it from its source") from None
         if not isinstance(values, dict):
-            raise ConfigError(f"config file {path} must hold a JSON object, got {type(values).__name__}; restore it from its source")
+            raise ConfigError(
+                f"config file {path} must hold a JSON object, got {type(values).__name__}; restore it from its source"
+            )
         return cls.from_dict(values)
 
 

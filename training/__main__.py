@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,9 @@ def base_model(config: RsvlmConfig, folder: Path) -> RsvlmModel:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     wrong = [name for name in missing if not name.startswith(("projector.", "alignment."))] + list(unexpected)
     if wrong:
-        raise SystemExit(f"--base {folder} must hold the base parts of the default checkpoint, these differ: {wrong[:8]}; run rsvlm pull")
+        raise SystemExit(
+            f"--base {folder} must hold the base parts of the default checkpoint, these differ: {wrong[:8]}; run rsvlm pull"
+        )
     return model.eval()
 
 
@@ -74,7 +75,12 @@ def features_step(model: RsvlmModel, config: RsvlmConfig, recipe: dict[str, Any]
     encoder = model.vision_encoder.to(torch.bfloat16)
     for split in ("val", "train"):
         compute_features(
-            encoder, config, read_split(split), run / split, salient=settings["salient_patches"], batch_images=settings["batch_images"]
+            encoder,
+            config,
+            read_split(split),
+            run / split,
+            salient=settings["salient_patches"],
+            batch_images=settings["batch_images"],
         )
     train = read_split("train")
     count = int(len(train) * settings["multi_tile_share"])
@@ -107,7 +113,7 @@ def heads_step(model: RsvlmModel, tokenizer: Tokenizer, recipe: dict[str, Any], 
             found = text_states(model, tokenizer, model.alignment.config.text_template, part)
             with (run / "states.tmp").open("wb") as file:
                 np.save(file, found)
-            os.replace(run / "states.tmp", path)
+            (run / "states.tmp").replace(path)
         states[name] = np.load(path).astype(np.float32)
     metrics = train_heads(model.alignment, {**recipe["heads"], "seed": recipe["seed"]}, run, states, records)
     save_file(model.alignment.state_dict(), run / "heads.safetensors", metadata={"val": json.dumps(metrics)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ def write_delta(run: Path, folder: Path, base: Sequence[BasePart]) -> None:
             weights[f"projector.{name.removeprefix('weight.')}"] = tensor
     temporary = folder / "delta.tmp"
     save_file({name: tensor.to(torch.float16).contiguous() for name, tensor in weights.items()}, temporary)
-    os.replace(temporary, folder / "delta.safetensors")
+    temporary.replace(folder / "delta.safetensors")
     delta = {
         "format": 1,
         "base": [
@@ -33,7 +32,7 @@ def write_delta(run: Path, folder: Path, base: Sequence[BasePart]) -> None:
         "sha256": hashlib.sha256((folder / "delta.safetensors").read_bytes()).hexdigest(),
     }
     (folder / "delta.tmp").write_text(json.dumps(delta, indent=2) + "\n", encoding="utf-8")
-    os.replace(folder / "delta.tmp", folder / "delta.json")
+    (folder / "delta.tmp").replace(folder / "delta.json")
     logs = Path(__file__).with_name("logs")
     logs.mkdir(exist_ok=True)
     shutil.copyfile(run / "projector.jsonl", logs / "projector.jsonl")

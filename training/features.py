@@ -10,11 +10,10 @@ from numpy.lib.format import open_memmap
 from rich.progress import track
 
 from rsvlm_infer.config import RsvlmConfig
+from rsvlm_infer.evaluation.datasets import CaptionedImage
 from rsvlm_infer.layers.alignment import most_salient
 from rsvlm_infer.layers.vision_encoder import VisionEncoder
 from rsvlm_infer.ops.registry import resolve
-
-from rsvlm_infer.evaluation.datasets import CaptionedImage
 
 from .dataset import read_rgb
 
@@ -43,7 +42,13 @@ def compute_features(
 
 @torch.inference_mode()
 def compute_leaf_features(
-    encoder: VisionEncoder, config: RsvlmConfig, records: list[CaptionedImage], folder: Path, *, leaf_grid: int, batch_images: int
+    encoder: VisionEncoder,
+    config: RsvlmConfig,
+    records: list[CaptionedImage],
+    folder: Path,
+    *,
+    leaf_grid: int,
+    batch_images: int,
 ) -> None:
     """Features [n, 4, leaf_grid², Dv] of each image's four quadrants, so that plans with leaves are in distribution."""
     width = config.vision.hidden_size

@@ -53,7 +53,11 @@ def caption_table(records: list[CaptionedImage], vary: bool) -> tuple[list[str],
 
 
 def train_heads(
-    alignment: Alignment, settings: dict[str, Any], features: Path, states: dict[str, np.ndarray], records: dict[str, list[CaptionedImage]]
+    alignment: Alignment,
+    settings: dict[str, Any],
+    features: Path,
+    states: dict[str, np.ndarray],
+    records: dict[str, list[CaptionedImage]],
 ) -> dict[str, float]:
     """Trains in place on "train", keeps the weights that do best on "val".
 
@@ -71,7 +75,9 @@ def train_heads(
     theme_of = {split: torch.tensor([themes.index(record.theme) for record in records[split]]) for split in ("train", "val")}
     train_text, theme_text = torch.from_numpy(states["train"]).float(), torch.from_numpy(states["themes"]).float()
     optimizer = torch.optim.AdamW(alignment.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings["learning_rate"], total_steps=settings["steps"], pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings["learning_rate"], total_steps=settings["steps"], pct_start=0.1
+    )
     scale = alignment.config.logit_scale
     best: tuple[float, dict[str, Tensor], dict[str, float]] | None = None
     for step in track(range(settings["steps"]), description="heads"):
@@ -95,7 +101,9 @@ def train_heads(
         optimizer.step()
         schedule.step()
         if (step + 1) % 200 == 0:
-            metrics = validate(alignment, parts["val"], torch.from_numpy(states["val"]).float(), tables["val"], theme_text, theme_of["val"])
+            metrics = validate(
+                alignment, parts["val"], torch.from_numpy(states["val"]).float(), tables["val"], theme_text, theme_of["val"]
+            )
             _log.info("heads step %d loss %.3f %s", step + 1, float(loss), metrics)
             value = metrics["theme_accuracy"] + metrics["text_to_image_r10"]
             if best is None or value > best[0]:
@@ -114,7 +122,12 @@ def level_scores(alignment: Alignment, images: dict[str, Tensor], text: Tensor) 
 
 @torch.inference_mode()
 def validate(
-    alignment: Alignment, images: dict[str, Tensor], states: Tensor, owners: list[list[int]], theme_states: Tensor, theme: Tensor
+    alignment: Alignment,
+    images: dict[str, Tensor],
+    states: Tensor,
+    owners: list[list[int]],
+    theme_states: Tensor,
+    theme: Tensor,
 ) -> dict[str, float]:
     """Theme accuracy per level and of the weighted score, and R@10 of text to image on the split, with the config's weights."""
     w_scene, w_region, w_object = alignment.config.weights

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,7 +73,9 @@ class Row:
 class SampleMaker:
     """Draws samples: captions of one image, plus a theme or a presence question whose answer is certain from the label."""
 
-    def __init__(self, tokenizer: Tokenizer, config: RsvlmConfig, records: list[CaptionedImage], leaf_rows: dict[int, int], seed: int):
+    def __init__(
+        self, tokenizer: Tokenizer, config: RsvlmConfig, records: list[CaptionedImage], leaf_rows: dict[int, int], seed: int
+    ):
         self.tokenizer, self.config, self.records, self.leaf_rows = tokenizer, config, records, leaf_rows
         self.rng = np.random.default_rng(seed)
         self.themes = sorted(set(RSICD_THEMES.values()))
@@ -182,8 +183,13 @@ class FeatureStore:
 
 
 def train_projector(
-    model: RsvlmModel, tokenizer: Tokenizer, settings: dict[str, Any], store: FeatureStore, records: list[CaptionedImage],
-    leaf_rows: dict[int, int], folder: Path,
+    model: RsvlmModel,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    store: FeatureStore,
+    records: list[CaptionedImage],
+    leaf_rows: dict[int, int],
+    folder: Path,
 ) -> None:
     """Trains model.projector in fp32 through the language model in bf16, until the steps or the minutes are used up."""
     assert model.language_model is not None and model.projector is not None
@@ -208,7 +214,12 @@ def train_projector(
         while step < settings["steps"] and time.monotonic() - started < settings["minutes"] * 60:
             # The rate follows whichever is nearer to its end, steps or minutes, so that it always decays to 0.
             done = max(step / settings["steps"], (time.monotonic() - started) / (settings["minutes"] * 60))
-            rate = settings["learning_rate"] * min(1.0, (step + 1) / settings["warmup_steps"]) * 0.5 * (1 + math.cos(math.pi * done))
+            rate = (
+                settings["learning_rate"]
+                * min(1.0, (step + 1) / settings["warmup_steps"])
+                * 0.5
+                * (1 + math.cos(math.pi * done))
+            )
             optimizer.param_groups[0]["lr"] = rate
             loss = _step([next(rows) for _ in range(settings["rows"])], config, projector, language, forward, store)
             norm = torch.nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
@@ -217,14 +228,16 @@ def train_projector(
             step += 1
             progress.update(task, completed=step, description=f"projector loss {loss:.3f}")
             with log.open("a", encoding="utf-8") as file:
-                row = {"step": step, "loss": round(loss, 4), "rate": rate, "norm": round(float(norm), 3), "seconds": round(time.monotonic() - started)}
-                file.write(json.dumps(row) + "\n")
+                row = {"step": step, "loss": round(loss, 4), "rate": rate, "norm": round(float(norm), 3)}
+                file.write(json.dumps({**row, "seconds": round(time.monotonic() - started)}) + "\n")
             if step % settings["save_every"] == 0 or step == settings["steps"]:
                 _save(folder, projector, optimizer, step, time.monotonic() - started)
     _save(folder, projector, optimizer, step, time.monotonic() - started)
 
 
-def _step(rows: list[Row], config: RsvlmConfig, projector: Projector, language: Any, forward: Any, store: FeatureStore) -> float:
+def _step(
+    rows: list[Row], config: RsvlmConfig, projector: Projector, language: Any, forward: Any, store: FeatureStore
+) -> float:
     ids = torch.stack([row.token_ids for row in rows])  # [R, N]
     places = ids == config.image_token_id
     embeds = language.embed_tokens(ids.masked_fill(places, 0))
@@ -259,7 +272,7 @@ def _save(folder: Path, projector: Projector, optimizer: torch.optim.Optimizer, 
             tensors[f"{key}.{names[parameter]}"] = state[key].detach().clone()
     temporary = folder / "projector.tmp"
     save_file(tensors, temporary, metadata={"step": str(step), "seconds": str(seconds)})
-    os.replace(temporary, folder / "projector.safetensors")
+    temporary.replace(folder / "projector.safetensors")
 
 
 def _resume(folder: Path, projector: Projector) -> tuple[int, float]:

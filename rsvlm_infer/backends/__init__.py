@@ -42,7 +42,9 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
         raise MissingDependencyError(f"backend {chosen!r} cannot run here: {reason}")
     precisions = BACKENDS[chosen]
     if precision != "auto" and precision not in precisions:
-        raise BackendError(f'precision of backend {chosen!r} must be "auto" or one of {list(precisions)}, got {precision!r}; choose one')
+        raise BackendError(
+            f'precision of backend {chosen!r} must be "auto" or one of {list(precisions)}, got {precision!r}; choose one'
+        )
     from .eager import EagerBackend
 
     return EagerBackend.load(Path(path), precisions[0] if precision == "auto" else precision)

@@ -65,9 +65,7 @@ class Backend(Protocol):
     precision: str
     config: RsvlmConfig
 
-    def encode(
-        self, scenes: Sequence[PackedScene], queries: Sequence[Query | None] | None = None
-    ) -> list[ImageFeatures]:
+    def encode(self, scenes: Sequence[PackedScene], queries: Sequence[Query | None] | None = None) -> list[ImageFeatures]:
         """Scenes -> visual tokens. `queries`, one per scene, matter only to a model with augmentation."""
 
     def prefill(self, sequences: Sequence[Prompt], capacity: int) -> tuple[npt.NDArray[np.float32], Any]:

@@ -59,9 +59,12 @@ class EagerBackend:
             return []
         start = time.perf_counter()
         taps, class_tokens, tile_counts, patch_counts = self._encode_tiles(scenes)
-        per_scene_taps = list(zip(*(tap.split(patch_counts) for tap in taps), strict=True))
+        per_scene_taps = list(zip(*(tap.split_with_sizes(patch_counts) for tap in taps), strict=True))
         per_scene_class = list(
-            zip(*(tokens.split(tile_counts if len(tokens) else [0] * len(scenes)) for tokens in class_tokens), strict=True)
+            zip(
+                *(tokens.split_with_sizes(tile_counts if len(tokens) else [0] * len(scenes)) for tokens in class_tokens),
+                strict=True,
+            )
         )
         aligned: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(scenes)
         if self.model.alignment is not None:
@@ -76,7 +79,7 @@ class EagerBackend:
         bridged = time.perf_counter()
         tokens: list[Tensor | None] = [None] * len(scenes)
         if self.model.projector is not None:
-            features = self.model.bridge(taps, augmented).split(patch_counts)
+            features = self.model.bridge(taps, augmented).split_with_sizes(patch_counts)
             tokens = [self._visual_tokens(part, scene) for part, scene in zip(features, scenes, strict=True)]
         encode_ms = (encoded - start + time.perf_counter() - bridged) * 1e3
         return [
@@ -124,20 +127,23 @@ class EagerBackend:
         like = taps[0]
         for scene, query in zip(aligned, queries, strict=True):
             assert scene is not None
-            vectors, texts = [], []
+            vectors: list[Tensor] = []
+            texts: list[str] = []
             for level, visual in enumerate(scene):
                 found = like.new_zeros((0, visual.shape[-1]))
                 if self.knowledge is not None and visual.numel():
                     embedding = None if query is None else query.embedding
                     flat = _numpy(visual).reshape(-1, visual.shape[-1])
-                    _, ids, names = self.knowledge.search(level, flat, embedding, settings.cues_per_level, settings.query_weight)
+                    _, ids, names = self.knowledge.search(
+                        level, flat, embedding, settings.cues_per_level, settings.query_weight
+                    )
                     found = torch.from_numpy(self.knowledge.embeddings[ids].astype(np.float32)).to(like.dtype)
                     texts += names
                 vectors.append(found)
             cue_vectors.append(vectors)
             cue_texts.append(tuple(texts))
-            ids = np.zeros(0, np.int32) if query is None else query.token_ids
-            query_tokens.append(self.model.language_model.embed_tokens(torch.from_numpy(ids).long()))  # [Q, Dl]
+            query_ids = np.zeros(0, np.int32) if query is None else query.token_ids
+            query_tokens.append(self.model.language_model.embed_tokens(torch.from_numpy(query_ids).long()))  # [Q, Dl]
         return self.model.augmentation(taps, cue_vectors, query_tokens, cu_scenes), cue_texts
 
     def _visual_tokens(self, features: Tensor, scene: PackedScene) -> Tensor:
@@ -211,14 +217,18 @@ class EagerBackend:
         """See `Backend.embed_image`."""
         embeddings: Embeddings | None = features.handle.embeddings
         if embeddings is None:
-            raise BackendError("this checkpoint has no alignment heads, so it cannot embed images; use one whose config has alignment")
+            raise BackendError(
+                "this checkpoint has no alignment heads, so it cannot embed images; use one whose config has alignment"
+            )
         return embeddings
 
     @torch.inference_mode()
     def embed_text(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
         """Texts -> [B, De]; see `Backend.embed_text`."""
         if self.model.alignment is None:
-            raise BackendError("this checkpoint has no alignment heads, so it cannot embed text; use one whose config has alignment")
+            raise BackendError(
+                "this checkpoint has no alignment heads, so it cannot embed text; use one whose config has alignment"
+            )
         if any(len(ids) == 0 for ids in token_ids):
             raise InputError("token_ids must hold at least one token per text, got an empty text; give every text a word")
         lengths = torch.tensor([len(ids) for ids in token_ids])
@@ -229,7 +239,9 @@ class EagerBackend:
 
     def _language(self) -> Any:
         if self.model.language_model is None:
-            raise BackendError("this checkpoint has no language model (retrieval only); use embed_image and embed_text, or another one")
+            raise BackendError(
+                "this checkpoint has no language model (retrieval only); use embed_image and embed_text, or another one"
+            )
         return self.model.language_model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ class Alignment(nn.Module):
             gives an empty tensor.
         """
         bounds = cu_seqlens.tolist()
-        spans = list(zip(bounds, bounds[1:], strict=False))
+        spans = list(itertools.pairwise(bounds))
         empty = taps[0].new_zeros(0)
         objects = regions = scene = empty
         if self.object is not None:

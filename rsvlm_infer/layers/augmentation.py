@@ -25,10 +25,14 @@ class LevelAugmentation(nn.Module):
     def forward(self, features: Tensor, context: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> Tensor:
         """features [S, Dv], context [C, Dv], scene borders [B + 1] of both -> [S, Dv]."""
         q = self.q(self.norm(features)).view(features.shape[0], self.num_heads, -1)
-        heads = (context.shape[0], self.num_heads, q.shape[-1])  # in full: a scene without cues and query has no rows to infer from
+        heads = (
+            context.shape[0],
+            self.num_heads,
+            q.shape[-1],
+        )  # in full: a scene without cues and query has no rows to infer from
         k, v = self.k(context).view(heads), self.v(context).view(heads)
         attended = varlen_tile_attention(q, k, v, cu_seqlens, cu_seqlens_k)  # [S, H, D]
-        return features + torch.tanh(self.gate) * self.o(attended.flatten(1))
+        return features + torch.tanh(self.gate) * self.o(attended.flatten(1))  # type: ignore[no-any-return]
 
 
 class Augmentation(nn.Module):

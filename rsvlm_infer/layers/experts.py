@@ -38,10 +38,11 @@ class Experts(nn.Module):
     def forward(self, base: Tensor, features: list[Tensor]) -> Tensor:
         """base F_2 [S, Dv], three H_l [S, Dv] -> Y [S, Dv]."""
         tokens, group = base.shape[0], self.config.num_experts // len(LEVELS)
-        normed = [level.norm(x) for level, x in zip(self.levels, features, strict=True)]
+        levels = [level for level in self.levels if isinstance(level, LevelRouter)]
+        normed = [level.norm(x) for level, x in zip(levels, features, strict=True)]
         stacked = torch.cat(normed)  # [3·S, Dv]
         logits = stacked.new_zeros((stacked.shape[0], self.config.num_experts), dtype=torch.float32)
-        for index, (level, x) in enumerate(zip(self.levels, normed, strict=True)):
+        for index, (level, x) in enumerate(zip(levels, normed, strict=True)):
             rows = slice(index * tokens, (index + 1) * tokens)
             # fp32: near-ties between experts must not flip with the model's precision
             logits[rows, index * group : (index + 1) * group] = x.float() @ level.router.weight.float().T
@@ -51,7 +52,7 @@ class Experts(nn.Module):
             stacked, expert_offsets, permutation, weights, self.w_gate, self.w_up, self.w_down, self.b_up, self.b_down
         )
         out = base
-        for level, part in zip(self.levels, mixed.split(tokens), strict=True):
+        for level, part in zip(levels, mixed.view(len(LEVELS), tokens, -1), strict=True):
             out = out + torch.tanh(level.gate) * part
         return out
 

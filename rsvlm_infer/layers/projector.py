@@ -39,10 +39,10 @@ class Projector(nn.Module):
         if self.input_norm is not None:
             features = self.input_norm(features)
         if self.pixel_shuffle == 2:
-            tiles = features.split([rows * columns for rows, columns in shapes])
+            tiles = features.split_with_sizes([rows * columns for rows, columns in shapes])
             features = torch.cat([_merge_2x2(tile, *shape) for tile, shape in zip(tiles, shapes, strict=True)])  # [S/4, 4·Dv]
         tokens = self.fc2(self.activation(self.fc1(features)))  # [S', Dl]
-        split = list(tokens.split([rows * columns // self.pixel_shuffle**2 for rows, columns in shapes]))
+        split = list(tokens.split_with_sizes([rows * columns // self.pixel_shuffle**2 for rows, columns in shapes]))
         if self.box is None or boxes is None:
             return split
         offsets = self.box(boxes.to(tokens.dtype))  # [T, Dl]

@@ -62,8 +62,7 @@ class TextEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x)
         x = self.final_norm(x)
-        if self.config.eos_token_id == 2:
-            end = token_ids.argmax(dim=1)  # configs of 2021 say 2 and mean the highest id, which is end-of-text
-        else:
-            end = (token_ids == self.config.eos_token_id).int().argmax(dim=1)
-        return x[torch.arange(x.shape[0], device=x.device), end]
+        # Configs of 2021 say 2 and mean the highest id, which is end-of-text; argmax takes the first of equals.
+        is_end = token_ids if self.config.eos_token_id == 2 else (token_ids == self.config.eos_token_id).int()
+        end = is_end.argmax(dim=1)
+        return x[torch.arange(x.shape[0], device=x.device), end]  # type: ignore[no-any-return]

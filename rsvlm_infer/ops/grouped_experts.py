@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def grouped_experts(
     k = weights.shape[1]
     slots = x.new_zeros((permutation.numel(), x.shape[1]))  # [N·k, D]
     bounds = expert_offsets.tolist()
-    for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stop > start:
             chosen = permutation[start:stop].long()
             rows = x[chosen // k]  # [n_e, D]

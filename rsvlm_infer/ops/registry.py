@@ -43,7 +43,9 @@ def why_not(op: str, implementation: str) -> str | None:
     if implementation == "eager":
         return None
     if implementation not in OPS[op]:
-        raise BackendError(f"implementation of {op} must be one of {['eager', *OPS[op]]}, got {implementation!r}; choose one of them")
+        raise BackendError(
+            f"implementation of {op} must be one of {['eager', *OPS[op]]}, got {implementation!r}; choose one of them"
+        )
     reason: str | None = _module(op, implementation).why_not()
     return reason
 

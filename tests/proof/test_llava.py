@@ -16,6 +16,7 @@ from tests.proof.tiny_models import (
     IMAGE_TOKEN,
     PINPOINTS,
     TOLERANCE,
+    VISION,
     edit_json,
     llava,
     our_greedy,
@@ -28,6 +29,7 @@ from tests.proof.tiny_models import (
     their_greedy,
     their_inputs,
     their_logits,
+    torch,
 )
 
 SIZES = [(56, 56), (70, 131), (150, 60)]
@@ -176,7 +178,9 @@ def test_original_layout_with_the_encoder_in_its_own_folder(tmp_path: Path) -> N
     theirs = llava(tmp_path)
     make_original(tmp_path, anyres=False)
     prefix = "model.vision_tower.vision_tower."
-    encoder = {name.removeprefix(prefix): value for name, value in load_file(tmp_path / "model.safetensors").items() if prefix in name}
+    encoder = {
+        name.removeprefix(prefix): value for name, value in load_file(tmp_path / "model.safetensors").items() if prefix in name
+    }
     rename(tmp_path, lambda name: None if prefix in name else name)
     save_file(encoder, tmp_path / "vision" / "model.safetensors")
     check_equal(tmp_path, theirs, anyres=False, image_token=-200)
@@ -184,7 +188,6 @@ def test_original_layout_with_the_encoder_in_its_own_folder(tmp_path: Path) -> N
 
 def test_geochat_position_table_sets_the_tile(tmp_path: Path) -> None:
     """A longer position table than the encoder's own config says: GeoChat's 1297 rows instead of 577."""
-    from tests.proof.tiny_models import VISION, torch
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 14}
     theirs = llava(tmp_path, vision_config={**sizes, **VISION["clip"], "image_size": 504})
@@ -204,9 +207,9 @@ def test_geochat_position_table_sets_the_tile(tmp_path: Path) -> None:
 
 
 def test_half_precision_weights_load_in_any_dtype(tmp_path: Path) -> None:
-    theirs = llava(tmp_path)
-    theirs.half().save_pretrained(tmp_path)
-    theirs = theirs.float()
+    saved = llava(tmp_path)
+    saved.half().save_pretrained(tmp_path)
+    theirs = type(saved).from_pretrained(tmp_path, dtype=torch.float32)
     check_equal(tmp_path, theirs, anyres=False)  # fp16 -> fp32 is exact
     for dtype in ("bfloat16", "float16"):
         model = load_checkpoint(tmp_path, dtype=dtype).model

@@ -46,4 +46,5 @@ def test_unused_places_learn_nothing_and_stay_finite() -> None:
     used = SAMPLES[1].length
     hidden = model(model.embed_tokens(row.token_ids[None]), row.positions[None], None, row.mask[None])
     assert torch.isfinite(hidden).all()
-    assert (row.targets[used:] == -100).all() and float(row.weights[used:].sum()) == 0.0
+    assert (row.targets[used:] == -100).all()
+    assert float(row.weights[used:].sum()) == 0.0
