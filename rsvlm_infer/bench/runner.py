@@ -133,14 +133,17 @@ def _run_row(work: Workload, key: tuple[str, str, str], folder: Path, console: C
     return Outcome(row, result["token_ids"], logits)
 
 
+def thread_variables(threads: int | None) -> dict[str, str]:
+    """Environment that holds the numeric libraries to so many threads, when they are loaded after it is set."""
+    return {} if threads is None else dict.fromkeys(THREAD_VARIABLES, str(threads))
+
+
 def _failed(key: tuple[str, str, str], error: str) -> Outcome:
     return Outcome(Row(*key, error=error), {}, np.zeros((0, 0), dtype=np.float32))
 
 
 def _worker_environment(work: Workload) -> dict[str, str]:
-    variables = dict(os.environ)
-    if work.threads is not None:
-        variables |= dict.fromkeys(THREAD_VARIABLES, str(work.threads))
+    variables = os.environ | thread_variables(work.threads)
     # the worker must import the same package and test doubles as this process, whatever folder it starts in
     variables["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     return variables

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from rsvlm_infer.bench import command, main
 from rsvlm_infer.bench.measure import Workload
+from rsvlm_infer.bench.runner import THREAD_VARIABLES
 from rsvlm_infer.bench.schema import Report, read_report
 from tests.bench.conftest import FAKE
 from tests.bench.made_up import make_report, make_row
@@ -172,9 +174,12 @@ def test_without_the_report_extra_the_page_is_left_out_and_said(
 
 
 def test_accuracy_only_scores_the_whole_split(
-    bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in THREAD_VARIABLES:
+        monkeypatch.setenv(name, "2")  # and what it was is restored after the test
     assert bench("--accuracy-only", "--split", "test") == 0
+    assert [os.environ[name] for name in THREAD_VARIABLES] == ["1", "1", "1"]
     values = json.loads((tmp_path / "out" / "accuracy.json").read_text(encoding="utf-8"))
     assert values["workload"]["images"] == 4
     assert values["metrics"]["class_accuracy"] == 0.75

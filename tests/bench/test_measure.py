@@ -12,6 +12,7 @@ import pytest
 
 from rsvlm_infer.bench.images import ImageSet
 from rsvlm_infer.bench.measure import Workload, folder_bytes, measure, workload_from_dict, workload_to_dict
+from rsvlm_infer.bench.quality import class_quality, retrieval_quality
 from rsvlm_infer.errors import BackendError, InputError
 from rsvlm_infer.evaluation.datasets import Question
 
@@ -94,6 +95,14 @@ def test_questions_are_scored_by_kind(work: Workload) -> None:
         "answer_accuracy_rural_urban": 0.0,
     }
     assert others
+
+
+def test_nothing_is_said_about_what_has_no_labels(work: Workload) -> None:
+    bare = tuple(dataclasses.replace(sample, label=None, captions=()) for sample in work.images.samples)
+    images = ImageSet("bare", "here", bare)
+    assert measure(dataclasses.replace(work, images=images), "eager", "float32", "Offline", _silent).row.quality == {}
+    assert class_quality({}, bare) == {}
+    assert retrieval_quality(None, bare, lambda: None) == {}
 
 
 def test_refusals_of_the_model_pass_through(work: Workload) -> None:
