@@ -33,7 +33,7 @@ NATIVE := $(BIN)/python -c 'from rsvlm_infer.hardware import native_why_not as w
   print("native extension:", f"{w()}; slower until then:" if w() else "built:", *(op for op in OPS if "native" in OPS[op]))'
 
 $(VENV)/.installed: $(VENV)/.created $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable ".[torch,geo,report,pull]"
+	$(BIN)/python -m pip install --quiet --editable ".[torch,geo,eval,report,pull]"
 	@$(NATIVE)
 	touch $@
 

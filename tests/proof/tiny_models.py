@@ -175,3 +175,41 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Largest absolute difference over the largest value."""
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def clip(folder: Path, *, eos_token_id: int = 97, hidden_act: str = "quick_gelu") -> Any:
+    """A CLIPModel, saved with its image processor."""
+    text = {key: value for key, value in _TEXT_SIZES.items() if key != "num_key_value_heads"}
+    text |= {"max_position_embeddings": 16, "eos_token_id": eos_token_id, "hidden_act": hidden_act, "num_attention_heads": 2}
+    vision = {**_VISION_SIZES, "hidden_act": hidden_act}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+    model = randomised(transformers.CLIPModel(config))
+    with torch.no_grad():
+        model.logit_scale.fill_(2.5)
+    model.save_pretrained(folder)
+    processor(anyres=False).save_pretrained(folder)
+    return model
+
+
+def vision_model(folder: Path, family: str) -> Any:
+    """A bare vision model, saved."""
+    kinds = {
+        "clip": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig, _VISION_SIZES),
+        "siglip": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig, _VISION_SIZES),
+        "dinov2": (
+            transformers.Dinov2Model,
+            transformers.Dinov2Config,
+            {key: value for key, value in _VISION_SIZES.items() if key != "intermediate_size"},
+        ),
+    }
+    model_class, config_class, sizes = kinds[family]
+    model = randomised(model_class(config_class(**sizes)))
+    model.save_pretrained(folder)
+    return model
+
+
+def patches_of(pixels: Any) -> Any:
+    """[3, h, w] -> [h/p · w/p, 3·p²], row-major patches, channel-major inside."""
+    channels, height, width = pixels.shape
+    cut = pixels.reshape(channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return cut.permute(1, 3, 0, 2, 4).reshape(-1, channels * PATCH * PATCH)
