@@ -35,4 +35,5 @@ def write_delta(run: Path, folder: Path, base: Sequence[BasePart]) -> None:
     (folder / "delta.tmp").replace(folder / "delta.json")
     logs = Path(__file__).with_name("logs")
     logs.mkdir(exist_ok=True)
-    shutil.copyfile(run / "projector.jsonl", logs / "projector.jsonl")
+    for name in ("heads.jsonl", "projector.jsonl"):
+        shutil.copyfile(run / name, logs / name)

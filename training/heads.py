@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from rsvlm_infer.layers.alignment import Alignment
 from rsvlm_infer.models.rsvlm import RsvlmModel
 from rsvlm_infer.tasks.classify import LABEL_TEMPLATE
 from rsvlm_infer.text.tokenizer import Tokenizer
-
-_log = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
@@ -65,7 +63,7 @@ def train_heads(
         states: "train", "val": text states [N, Dl] in the order of `caption_table`; "themes": [30, Dl].
 
     Returns:
-        Metrics on "val" of the kept weights.
+        Metrics on "val" of the kept weights. Each validation is a line of heads.jsonl in `features`.
     """
     rng = np.random.default_rng(settings["seed"])
     torch.manual_seed(settings["seed"])
@@ -104,7 +102,8 @@ def train_heads(
             metrics = validate(
                 alignment, parts["val"], torch.from_numpy(states["val"]).float(), tables["val"], theme_text, theme_of["val"]
             )
-            _log.info("heads step %d loss %.3f %s", step + 1, float(loss), metrics)
+            with (features / "heads.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step + 1, "loss": round(float(loss), 3), **metrics}) + "\n")
             value = metrics["theme_accuracy"] + metrics["text_to_image_r10"]
             if best is None or value > best[0]:
                 best = (value, {name: weight.detach().clone() for name, weight in alignment.state_dict().items()}, metrics)

@@ -11,8 +11,8 @@ from ..ops.varlen_tile_attention import varlen_tile_attention
 from .activations import ACTIVATIONS
 
 
-class TileAttention(nn.Module):
-    """Multi-head attention that never crosses a tile border."""
+class AttentionWeights(nn.Module):
+    """The four projections of multi-head attention; what may see what is the child's business."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -21,6 +21,10 @@ class TileAttention(nn.Module):
         self.k = nn.Linear(hidden_size, hidden_size)
         self.v = nn.Linear(hidden_size, hidden_size)
         self.o = nn.Linear(hidden_size, hidden_size)
+
+
+class TileAttention(AttentionWeights):
+    """Multi-head attention that never crosses a tile border."""
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """[S, Dv], [T + 1] -> [S, Dv]."""
