@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -25,6 +26,18 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _positive(section: str, **sizes: int) -> None:
+    wrong = {name: size for name, size in sizes.items() if size < 1}
+    _require(not wrong, f"{section} sizes must be at least 1, got {wrong}; fix config.json")
+
+
+def _divides(section: str, width_name: str, width: int, num_heads: int) -> None:
+    _require(
+        width % num_heads == 0,
+        f"{width_name} must be a multiple of {section}.num_heads, got {width} and {num_heads}; fix config.json",
+    )
 
 
 @dataclass(frozen=True)
@@ -48,11 +61,16 @@ class VisionConfig:
     layer_scale: bool
 
     def __post_init__(self) -> None:
-        _require(
-            self.hidden_size % self.num_heads == 0,
-            f"vision.hidden_size must be a multiple of vision.num_heads, got {self.hidden_size} and {self.num_heads}; "
-            "fix config.json",
+        _positive(
+            "vision",
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            patch_size=self.patch_size,
+            position_grid=self.position_grid,
         )
+        _divides("vision", "vision.hidden_size", self.hidden_size, self.num_heads)
         _require(
             all(0 <= tap <= self.num_layers for tap in self.taps) and list(self.taps) == sorted(self.taps),
             f"vision.taps must be three ascending hidden-state indices in 0..{self.num_layers}, got {self.taps}; fix config.json",
@@ -82,6 +100,20 @@ class LanguageConfig:
     tie_embeddings: bool
 
     def __post_init__(self) -> None:
+        _positive(
+            "language",
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            max_positions=self.max_positions,
+        )
+        _require(
+            self.head_dim % 2 == 0, f"language.head_dim must be even (RoPE turns pairs), got {self.head_dim}; fix config.json"
+        )
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"language.num_heads must be a multiple of language.num_kv_heads, got {self.num_heads} and {self.num_kv_heads}; "
@@ -103,6 +135,18 @@ class TextEncoderConfig:
     layer_norm_eps: float
     eos_token_id: int  # the pooled position is the first of these; 2 = the highest id (old HF configs)
 
+    def __post_init__(self) -> None:
+        _positive(
+            "text_encoder",
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            max_positions=self.max_positions,
+        )
+        _divides("text_encoder", "text_encoder.hidden_size", self.hidden_size, self.num_heads)
+
 
 @dataclass(frozen=True)
 class ProjectorConfig:
@@ -115,6 +159,7 @@ class ProjectorConfig:
     box_embedding: bool = False  # `dris` only: adds Linear(cx, cy, w, h), zero at the start
 
     def __post_init__(self) -> None:
+        _positive("projector", hidden_size=self.hidden_size)
         _require(
             self.pixel_shuffle in (1, 2),
             f"projector.pixel_shuffle must be 1 or 2, got {self.pixel_shuffle}; fix config.json",
@@ -131,6 +176,14 @@ class PreprocessConfig:
     resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     fit: Literal["stretch", "crop", "pad"] = "stretch"  # how a scene becomes the square base tile in `fixed`
     pad_value: tuple[int, int, int] = (0, 0, 0)
+
+    def __post_init__(self) -> None:
+        _positive("preprocess", tile_px=self.tile_px)
+        _require(min(self.std) > 0, f"preprocess.std must be above 0, got {self.std}; fix config.json")
+        _require(
+            all(0 <= value <= 255 for value in self.pad_value),
+            f"preprocess.pad_value must be grey levels 0..255, got {self.pad_value}; fix config.json",
+        )
 
 
 @dataclass(frozen=True)
@@ -158,6 +211,7 @@ class DrisConfig:
             f"dris.leaf_thresholds must be ascending and one fewer than the ascending dris.leaf_grids, got {self.leaf_thresholds} "
             f"and {self.leaf_grids}; fix config.json",
         )
+        _require(min(self.leaf_grids) >= 1, f"dris.leaf_grids must be at least 1, got {self.leaf_grids}; fix config.json")
         _require(
             min(self.max_tiles, self.max_patches, self.max_visual_tokens) >= 1,
             f"dris budgets must be at least 1, got max_tiles={self.max_tiles}, max_patches={self.max_patches}, "
@@ -179,6 +233,13 @@ class AlignmentConfig:
     text_template: str = "{}"  # what the text side reads; {} is the text. A language model needs to be asked for a summary.
     logit_scale: float = 14.285714  # 1 / 0.07, CLIP's start value; the exponentiated scale
 
+    def __post_init__(self) -> None:
+        _positive("alignment", embed_size=self.embed_size, salient_patches=self.salient_patches)
+        _require(
+            0 < len(self.levels) == len(set(self.levels)) and set(self.levels) <= set(LEVELS),
+            f"alignment.levels must be some of {list(LEVELS)}, each once, got {list(self.levels)}; fix config.json",
+        )
+
 
 @dataclass(frozen=True)
 class AugmentationConfig:
@@ -187,6 +248,9 @@ class AugmentationConfig:
     num_heads: int
     cues_per_level: int = 5
     query_weight: float = 0.5  # beta
+
+    def __post_init__(self) -> None:
+        _positive("augmentation", num_heads=self.num_heads, cues_per_level=self.cues_per_level)
 
 
 @dataclass(frozen=True)
@@ -199,6 +263,7 @@ class ExpertsConfig:
     kind: Literal["glu_silu", "gelu_mlp", "affine"] = "glu_silu"
 
     def __post_init__(self) -> None:
+        _positive("experts", intermediate_size=self.intermediate_size)
         _require(
             self.num_experts % len(LEVELS) == 0 and self.num_experts > 0,
             f"experts.num_experts must be a positive multiple of {len(LEVELS)}, got {self.num_experts}; fix config.json",
@@ -244,6 +309,16 @@ class RsvlmConfig:
             f"preprocess.tile_px must be a multiple of vision.patch_size {self.vision.patch_size}, got {self.preprocess.tile_px}; "
             "fix config.json",
         )
+        _require(
+            self.tile_grid >= 1,
+            f"preprocess.tile_px must be at least vision.patch_size {self.vision.patch_size}, got {self.preprocess.tile_px}; "
+            "fix config.json",
+        )
+        _require(
+            self.tiling != "anyres"
+            or all(side > 0 and side % self.preprocess.tile_px == 0 for pair in self.grid_pinpoints for side in pair),
+            f"grid_pinpoints must be multiples of preprocess.tile_px {self.preprocess.tile_px}, got {self.grid_pinpoints}; fix config.json",
+        )
         if self.projector is not None and self.projector.pixel_shuffle == 2:
             grids = (self.tile_grid, *self.dris.leaf_grids)
             _require(
@@ -254,7 +329,13 @@ class RsvlmConfig:
             self.augmentation is None or (self.alignment is not None and self.language is not None),
             "augmentation needs alignment (to search cues) and language (to read the query), one is absent; fix config.json",
         )
+        if self.augmentation is not None:
+            _divides("augmentation", "vision.hidden_size", self.vision.hidden_size, self.augmentation.num_heads)
         if self.alignment is not None:
+            _require(
+                self.alignment.pooling == "mean" or self.vision.class_token,
+                'alignment.pooling "class" needs vision.class_token; use "mean"',
+            )
             _require(
                 self.alignment.text_template.count("{}") == 1,
                 f'alignment.text_template must hold "{{}}" once, got {self.alignment.text_template!r}; fix config.json',
@@ -363,7 +444,7 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
                 return tuple(_convert(items[0], item, f"{where}[{i}]", problems) for i, item in enumerate(value))
             if len(value) == len(items):
                 return tuple(_convert(items[i], item, f"{where}[{i}]", problems) for i, item in enumerate(value))
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     elif hint is not float and type(value) is hint:
         return value

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .rsvlm import RsvlmModel
 
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_LAYERS = 1024  # the deepest public models have 126
 _LISTED = 20  # names of each kind in one error message
 _BLOCK = re.compile(r"vision_encoder\.blocks\.(\d+)\..*")
 
@@ -82,8 +83,15 @@ def load_checkpoint(path: str | Path, *, dtype: str = "float32") -> LoadedCheckp
     layout = detect_layout(folder)
     config = layout.config(folder)
     verified = folder.verify()
-    with torch.device("meta"):  # no memory and no random numbers: every weight comes from a file
-        model = RsvlmModel(config)
+    _check_depth(config)
+    try:
+        with torch.device("meta"):  # no memory and no random numbers: every weight comes from a file
+            model = RsvlmModel(config)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).partition("\n")[0]  # torch adds a C++ stack
+        raise CheckpointError(
+            f"config of checkpoint {folder.path} has sizes that no tensor can have ({reason}); restore config.json from its source"
+        ) from None
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     weights = layout.weights(folder, config)
     state = _read_state(folder, weights, config, expected, layout.hint)
@@ -94,6 +102,14 @@ def load_checkpoint(path: str | Path, *, dtype: str = "float32") -> LoadedCheckp
     return LoadedCheckpoint(
         config, model.eval(), folder.path, layout.name, knowledge if knowledge.is_dir() else None, files, verified
     )
+
+
+def _check_depth(config: RsvlmConfig) -> None:
+    """A layer costs time and memory even without weights: an absurd depth would hang instead of failing."""
+    for part in ("vision", "language", "text_encoder"):
+        layers = getattr(getattr(config, part), "num_layers", 0)
+        if layers > MAX_LAYERS:
+            raise CheckpointError(f"config {part}.num_layers must be at most {MAX_LAYERS}, got {layers}; restore config.json")
 
 
 class _Gaps:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from rsvlm_infer.config import RsvlmConfig
-from rsvlm_infer.errors import CheckpointError, ConfigError
+from rsvlm_infer.errors import CheckpointError, ConfigError, RsvlmError
 from rsvlm_infer.models.load import read_config
 
 # What the hubs' config.json files hold, less what no loader needs. They leave out what equals a class default.
@@ -219,7 +221,7 @@ def nested(section: str, **changes: Any) -> dict[str, Any]:
         (nested("vision_config", model_type="pixtral"), r"vision_config\.model_type must be one of"),
         (nested("vision_config", hidden_act="relu"), r"vision_config\.hidden_act must be one of"),
         (nested("vision_config", num_channels=4), r"vision_config\.num_channels must be 3, got 4"),
-        ({"image_token_index": "x"}, "image_token_index must be whole numbers"),
+        ({"image_token_index": "x"}, "config.image_token_index must be a positive whole number"),
         ({"model_type": "llava_next", "image_grid_pinpoints": [[336]]}, "image_grid_pinpoints must be a list of"),
     ],
 )
@@ -367,7 +369,7 @@ def test_open_clip_preprocess(tmp_path: Path) -> None:
         ({"model_cfg": {"vision_cfg": {"timm_model_name": "x"}}}, r"vision_cfg must be made of"),
         ({"model_cfg": {"text_cfg": {"hf_model_name": "x"}}}, r"text_cfg must be made of"),
         ({"preprocess_cfg": {"resize_mode": "longest"}}, "resize_mode must be one of"),
-        ({"preprocess_cfg": {"interpolation": "random"}}, "interpolation must be"),
+        ({"preprocess_cfg": {"interpolation": "random"}}, "interpolation must be one of"),
     ],
 )
 def test_open_clip_settings_that_are_refused(tmp_path: Path, outer: dict[str, Any], message: str) -> None:
@@ -390,3 +392,50 @@ def test_a_hub_folder_with_the_weights_twice_reads_one(tmp_path: Path) -> None:
     make(tmp_path, {"model_type": "clip"}, {"visual_projection.weight": (1, 1), "logit_scale": ()})
     save_file({"visual.conv1.weight": np.zeros((1, 3, 2, 2), np.float16)}, tmp_path / "open_clip_model.safetensors")
     assert read_config(tmp_path).vision.hidden_size == 768
+
+
+JUNK: list[Any] = [None, "x", -1, 0, 10**30, 1.5, True, [], {}, [[]], [{}], {"a": []}, ["x", "y", "z"]]
+_OPEN_CLIP_OUTER = {
+    "model_cfg": {"embed_dim": 24, "vision_cfg": {"head_width": 64}, "text_cfg": {"heads": 1}},
+    "preprocess_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bilinear", "resize_mode": "squash"},
+}
+
+
+def spoiled(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """`values` with one entry at a time, at any depth, replaced by each piece of junk."""
+    for key, value in values.items():
+        for junk in JUNK:
+            yield {**values, key: junk}
+        if isinstance(value, dict):
+            for inner in spoiled(value):
+                yield {**values, key: inner}
+
+
+def check_spoiled(folder: Path, file: str, values: dict[str, Any]) -> None:
+    for junk in spoiled(values):
+        (folder / file).write_text(json.dumps(junk))
+        with contextlib.suppress(RsvlmError):  # a config or our own error, nothing else
+            assert isinstance(read_config(folder), RsvlmConfig)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors"),
+    [
+        (HF_LLAVA_15, None),
+        (HF_LLAVA_16_MISTRAL, None),
+        ({**ORIGINAL_LLAVA_15, "image_aspect_ratio": "anyres"}, {POSITIONS: (577, 2)}),
+        ({"model_type": "clip", "text_config": {"eos_token_id": 5}}, {"visual_projection.weight": (1,), "logit_scale": ()}),
+        ({"model_type": "dinov2", "mlp_ratio": 4, "hidden_act": "gelu", "patch_size": 14}, None),
+    ],
+    ids=["llava", "llava_next", "original", "clip", "dinov2"],
+)
+def test_junk_in_a_config_is_told_in_our_words(tmp_path: Path, config: dict[str, Any], tensors: Any) -> None:
+    check_spoiled(make(tmp_path, config, tensors), "config.json", config)
+
+
+def test_junk_in_a_processor_or_open_clip_config(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    check_spoiled(make(tmp_path / "a", HF_LLAVA_15), "preprocessor_config.json", {**CLIP_PROCESSOR, "do_pad": True})
+    check_spoiled(make_open_clip(tmp_path / "b"), "open_clip_config.json", _OPEN_CLIP_OUTER)
+    check_spoiled(make(tmp_path / "a", HF_LLAVA_15), "generation_config.json", {"eos_token_id": [1, 2], "bos_token_id": 1})

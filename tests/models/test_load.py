@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from rsvlm_infer.config import RsvlmConfig
-from rsvlm_infer.errors import CheckpointError, ConfigError
+from rsvlm_infer.errors import CheckpointError, ConfigError, RsvlmError
 from rsvlm_infer.models.checkpoint import save_checkpoint
 from rsvlm_infer.models.load import load_checkpoint, read_config
 from tests.models.tiny import FULL, PLAIN, random_model, torch
@@ -130,3 +133,47 @@ def test_all_files_of_a_folder_are_read_together(tmp_path: Path) -> None:
         "projector.safetensors",
     }
     assert np.array_equal(loaded.model.state_dict()["projector.fc1.bias"].numpy(), state["projector.fc1.bias"])
+
+
+def _paths(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in nested JSON values, containers too."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield (*path, key)
+        if isinstance(value, (dict, list)):
+            yield from _paths(value, (*path, key))
+
+
+def _replaced(values: Any, path: tuple[Any, ...], junk: Any) -> Any:
+    copy = json.loads(json.dumps(values))
+    inner = copy
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = junk
+    return copy
+
+
+def test_junk_in_our_own_config_is_told_in_our_words() -> None:
+    values = FULL.to_dict()
+    for path in _paths(values):
+        for junk in (None, "x", -1, 0, 10**30, 10**400, 1.5, float("nan"), float("inf"), True, [], {}, [[]], ["x"]):
+            with contextlib.suppress(RsvlmError):  # a config or our own error, nothing else
+                assert isinstance(RsvlmConfig.from_dict(_replaced(values, path, junk)), RsvlmConfig)
+
+
+def test_sizes_that_are_allowed_but_do_not_fit(tmp_path: Path) -> None:
+    """Numbers that a config may hold: the model is never built in memory before its weights fit."""
+    folder = save_checkpoint(tmp_path / "m", FULL, random_model(FULL).state_dict())
+    values = FULL.to_dict()
+    for path in _paths(values):
+        for number in (1, 3, 10**12, 10**30):
+            (folder / "config.json").write_text(json.dumps(_replaced(values, path, number)))
+            with contextlib.suppress(RsvlmError):
+                load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("part", "layers"), [("vision", 10**9), ("language", 1025), ("text_encoder", 10**30)])
+def test_absurd_depths_are_refused_before_anything_is_built(tmp_path: Path, part: str, layers: int) -> None:
+    config = dataclasses.replace(FULL, **{part: dataclasses.replace(getattr(FULL, part), num_layers=layers)})
+    folder = save_checkpoint(tmp_path / "m", config, random_model(FULL).state_dict())
+    with pytest.raises(CheckpointError, match=rf"{part}\.num_layers must be at most 1024, got {layers}"):
+        load_checkpoint(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...errors import CheckpointError
 from ..checkpoint import CheckpointFolder
 from . import clip, hf_llava, hf_vision, original_llava, rsvlm
-from .base import Layout
+from .base import Layout, model_type
 
 LAYOUTS: tuple[Layout, ...] = (
     rsvlm.LAYOUT,
@@ -26,9 +26,9 @@ def detect_layout(folder: CheckpointFolder) -> Layout:
     for layout in LAYOUTS:
         if layout.matches(folder):
             return layout
-    kind = (folder.config or {}).get("model_type")
+    known = [layout.name for layout in LAYOUTS]
     raise CheckpointError(
-        f"checkpoint {folder.path} has an unknown layout (model_type {kind!r}); known are {[layout.name for layout in LAYOUTS]}; "
+        f"checkpoint {folder.path} has an unknown layout (model_type {model_type(folder)!r}); known are {known}; "
         "pass a folder with config.json of one of them"
     )
 

@@ -33,6 +33,7 @@ def one_table(folder: CheckpointFolder, rules: Sequence[Rule]) -> Weights:
     return [(path, rules) for path in folder.base_files]
 
 
-def model_type(folder: CheckpointFolder) -> object:
-    """`model_type` of the raw config; None without a config."""
-    return (folder.config or {}).get("model_type")
+def model_type(folder: CheckpointFolder) -> str | None:
+    """`model_type` of the raw config; None without one."""
+    value = (folder.config or {}).get("model_type")
+    return None if value is None else str(value)

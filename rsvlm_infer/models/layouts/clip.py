@@ -18,7 +18,10 @@ from .base import Layout, model_type, one_table
 from .hf_parts import (
     CLIP_MEAN,
     CLIP_STD,
+    Fit,
     activation,
+    choice,
+    colour,
     integer,
     level_taps,
     number,
@@ -46,6 +49,7 @@ _OPEN_CLIP_KEYS = {
     "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"},
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
 }
+_FITS: dict[str, Fit] = {"shortest": "crop", "squash": "stretch"}
 _HEAD_WIDTH = 64  # open_clip's default
 
 
@@ -172,18 +176,11 @@ def _open_clip_config(folder: CheckpointFolder) -> RsvlmConfig:
 
 
 def _open_clip_preprocess(values: dict[str, Any], side: int) -> PreprocessConfig:
-    fits = {"shortest": "crop", "squash": "stretch"}
-    mode, resample = values.get("resize_mode", "shortest"), values.get("interpolation", "bicubic")
-    require(mode in fits, "preprocess_cfg.resize_mode", f"one of {sorted(fits)}", mode)
-    require(resample in ("bicubic", "bilinear"), "preprocess_cfg.interpolation", '"bicubic" or "bilinear"', resample)
-    mean, std = values.get("mean", CLIP_MEAN), values.get("std", CLIP_STD)
-    return PreprocessConfig(
-        tile_px=side,
-        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-        std=(float(std[0]), float(std[1]), float(std[2])),
-        resample=resample,
-        fit=fits[mode],  # type: ignore[arg-type]
-    )
+    where = "preprocess_cfg"
+    fit = _FITS[choice(values, "resize_mode", _FITS, where, "shortest")]
+    bicubic = choice(values, "interpolation", ("bicubic", "bilinear"), where, "bicubic") == "bicubic"
+    mean, std = colour(values, "mean", CLIP_MEAN, where), colour(values, "std", CLIP_STD, where)
+    return PreprocessConfig(tile_px=side, mean=mean, std=std, resample="bicubic" if bicubic else "bilinear", fit=fit)
 
 
 HF_LAYOUT = Layout(

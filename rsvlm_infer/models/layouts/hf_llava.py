@@ -9,7 +9,7 @@ from ...config import PreprocessConfig, ProjectorConfig, RsvlmConfig
 from ..checkpoint import CheckpointFolder
 from ..weight_tables import hf_llava
 from .base import Layout, model_type, one_table
-from .hf_parts import language_config, preprocess_config, require, section, token_ids, vision_config
+from .hf_parts import integer, language_config, preprocess_config, require, section, token_ids, vision_config
 
 _VISION_DEFAULTS = {  # LlavaConfig's own: CLIP ViT-L/14 at 336 px
     "model_type": "clip_vision_model",
@@ -27,6 +27,7 @@ CHAT_TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral_inst", "qwen2": "cha
 def _config(folder: CheckpointFolder) -> RsvlmConfig:
     values = folder.config or {}
     require("quantization_config" not in values, "quantization_config", "absent", values.get("quantization_config"))
+    image_token = integer({"image_token_index": values.get("image_token_id", 32000), **values}, "image_token_index", "config")
     text, vision_values = section(values, "text_config"), section(values, "vision_config")
     if not vision_values or vision_values.get("model_type", "clip_vision_model") == "clip_vision_model":
         # an explicit vision config is complete up to CLIPVisionConfig's defaults, an absent one is LLaVA's
@@ -58,7 +59,7 @@ def _config(folder: CheckpointFolder) -> RsvlmConfig:
         projector=ProjectorConfig(hidden_size=language.hidden_size),
         tiling="anyres" if anyres else "fixed",
         grid_pinpoints=pinpoints(values.get("image_grid_pinpoints") or _PINPOINTS) if anyres else (),
-        image_token_id=token_ids(values.get("image_token_index", values.get("image_token_id", 32000)), "image_token_index")[0],
+        image_token_id=image_token,
         bos_token_id=next(iter(token_ids(generation.get("bos_token_id", text.get("bos_token_id")), "bos_token_id")), None),
         eos_token_ids=token_ids(generation.get("eos_token_id", text.get("eos_token_id")), "eos_token_id"),
         chat_template=CHAT_TEMPLATES[kind],  # type: ignore[arg-type]  # language_config checked the kind

@@ -6,6 +6,7 @@ cannot do exactly is refused by name, never approximated.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from ...config import Activation, LanguageConfig, PreprocessConfig, VisionConfig
@@ -108,8 +109,23 @@ def require(condition: bool, key: str, expected: str, value: object) -> None:
 
 def activation(name: object, key: str) -> Activation:
     """Our name of an HF activation."""
-    require(name in _ACTIVATIONS, key, f"one of {sorted(_ACTIVATIONS)}", name)
+    require(isinstance(name, str) and name in _ACTIVATIONS, key, f"one of {sorted(_ACTIVATIONS)}", name)
     return _ACTIVATIONS[str(name)]
+
+
+def choice(values: dict[str, Any], key: str, allowed: Iterable[str], where: str, default: str | None = None) -> str:
+    """One of some words; an absent key is `default`."""
+    value = values.get(key, default)
+    require(isinstance(value, str) and value in allowed, f"{where}.{key}", f"one of {sorted(allowed)}", value)
+    return str(value)
+
+
+def colour(values: dict[str, Any], key: str, default: tuple[float, float, float], where: str) -> tuple[float, float, float]:
+    """Three numbers, one per channel."""
+    value = values.get(key, default)
+    three = isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(item, (int, float)) for item in value)
+    require(three, f"{where}.{key}", "three numbers", value)
+    return float(value[0]), float(value[1]), float(value[2])
 
 
 def integer(values: dict[str, Any], key: str, where: str) -> int:
@@ -156,8 +172,7 @@ def language_config(given: dict[str, Any], has_head: bool, tied: bool, where: st
     Raises:
         ConfigError: a setting that this decoder has not.
     """
-    kind = given.get("model_type", "llama")
-    require(kind in _DECODERS, f"{where}.model_type", f"one of {sorted(_DECODERS)}", kind)
+    kind = choice(given, "model_type", _DECODERS, where, "llama")
     values = {**_DECODERS[kind], **given}
     require(values.get("hidden_act", "silu") == "silu", f"{where}.hidden_act", '"silu"', values.get("hidden_act"))
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
@@ -165,7 +180,8 @@ def language_config(given: dict[str, Any], has_head: bool, tied: bool, where: st
     if kind != "qwen2":  # Qwen2 names a window even when use_sliding_window is false
         require(values.get("sliding_window") is None, f"{where}.sliding_window", "null", values.get("sliding_window"))
     layer_types = values.get("layer_types") or []
-    require(set(layer_types) <= {"full_attention"}, f"{where}.layer_types", 'all "full_attention"', layer_types)
+    full = isinstance(layer_types, list) and all(item == "full_attention" for item in layer_types)
+    require(full, f"{where}.layer_types", 'all "full_attention"', layer_types)
     heads = integer(values, "num_attention_heads", where)
     hidden = integer(values, "hidden_size", where)
     values["num_key_value_heads"] = values["num_key_value_heads"] or heads
@@ -210,9 +226,8 @@ def vision_config(given: dict[str, Any], last_tap: int | None, where: str = "vis
     Raises:
         ConfigError: a setting that this encoder has not.
     """
-    kind = given.get("model_type")
-    require(kind in _VISION, f"{where}.model_type", f"one of {sorted(_VISION)}", kind)
-    values = {**_VISION[str(kind)], **given}
+    kind = choice(given, "model_type", _VISION, where)
+    values = {**_VISION[kind], **given}
     dinov2, clip = kind == "dinov2", kind == "clip_vision_model"
     require(values.get("num_channels", 3) == 3, f"{where}.num_channels", "3", values.get("num_channels"))
     hidden = integer(values, "hidden_size", where)
@@ -274,17 +289,14 @@ def preprocess_config(folder: CheckpointFolder, vision: VisionConfig, *, geometr
     if not values:
         return default
     where = "preprocessor_config"
-    rescale = values.get("rescale_factor", 1 / 255)
+    rescale = number({"rescale_factor": 1 / 255, **values}, "rescale_factor", where)
     require(
         values.get("do_rescale", True) is True and abs(rescale * 255 - 1) < 1e-6, f"{where}.rescale_factor", "1/255", rescale
     )
     require(values.get("do_normalize", True) is True, f"{where}.do_normalize", "true", values.get("do_normalize"))
-    mean, std = values.get("image_mean", default.mean), values.get("image_std", default.std)
-    for key, value in (("image_mean", mean), ("image_std", std)):
-        three = isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(item, (int, float)) for item in value)
-        require(three, f"{where}.{key}", "three numbers", value)
+    mean, std = colour(values, "image_mean", default.mean, where), colour(values, "image_std", default.std, where)
     resample = values.get("resample", 3)
-    require(resample in _RESAMPLES, f"{where}.resample", f"one of {_RESAMPLES}", resample)
+    require(type(resample) is int and resample in _RESAMPLES, f"{where}.resample", f"one of {_RESAMPLES}", resample)
     side, fit, fill = default.tile_px, default.fit, (0, 0, 0)
     if geometry:
         side, fit = _geometry(values, default, where)
@@ -292,30 +304,30 @@ def preprocess_config(folder: CheckpointFolder, vision: VisionConfig, *, geometr
             fit, fill = "pad", fill_colour(mean)
     return PreprocessConfig(
         tile_px=side,
-        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-        std=(float(std[0]), float(std[1]), float(std[2])),
+        mean=mean,
+        std=std,
         resample=_RESAMPLES[resample],  # type: ignore[arg-type]  # checked above
         fit=fit,
         pad_value=fill,
     )
 
 
-def fill_colour(mean: Any) -> tuple[int, int, int]:
+def fill_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
     """The mean colour in whole grey levels, rounded down as LLaVA does."""
     return int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)
 
 
 def _geometry(values: dict[str, Any], default: PreprocessConfig, where: str) -> tuple[int, Fit]:
     """(tile_px, fit) of an HF processor: shortest edge and centre crop, or a plain resize to a square."""
-    crop = values.get("do_center_crop", default.fit == "crop")
-    size = values.get(
-        "size", {"shortest_edge": default.tile_px} if crop else {"height": default.tile_px, "width": default.tile_px}
-    )
-    sides = {size} if isinstance(size, int) else set(size.values()) if isinstance(size, dict) else set()
-    if crop:
-        given = values.get("crop_size", size)
-        sides |= {given} if isinstance(given, int) else set(given.values()) if isinstance(given, dict) else set()
-    square = len(sides) == 1 and all(type(side) is int and side > 0 for side in sides)
+    crop = bool(values.get("do_center_crop", default.fit == "crop"))
+    size = values.get("size", default.tile_px)
+    sides = _sides(size) + (_sides(values.get("crop_size", size)) if crop else [])
+    square = len(sides) > 0 and all(type(side) is int and side > 0 and side == sides[0] for side in sides)
     require(square, f"{where}.size and crop_size", "the same square", (size, values.get("crop_size")))
     require(values.get("do_resize", True) is True, f"{where}.do_resize", "true", values.get("do_resize"))
-    return int(sides.pop()), "crop" if crop else "stretch"
+    return int(sides[0]), "crop" if crop else "stretch"
+
+
+def _sides(size: Any) -> list[Any]:
+    """A number, {"shortest_edge"} or {"height", "width"} as a list of sides."""
+    return list(size.values()) if isinstance(size, dict) else [size]

@@ -14,7 +14,7 @@ _KINDS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "dinov2"
 
 def _config(folder: CheckpointFolder) -> RsvlmConfig:
     values = folder.config or {}
-    kind = str(values["model_type"])
+    kind = model_type(folder)
     nested = {"model_type": _WHOLE[kind], **section(values, "vision_config")} if kind in _WHOLE else values
     encoder = vision_config(nested, None)
     return RsvlmConfig(vision=encoder, preprocess=preprocess_config(folder, encoder, geometry=False))
