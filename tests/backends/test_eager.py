@@ -107,7 +107,8 @@ def test_box_embedding_is_for_dris_only() -> None:
     scene, as_fixed = _scene(CONFIG, 32, 32), _scene(fixed, 32, 32)
     assert len(scene.grids) == 1
     offset = backend.encode([scene])[0].handle.tokens - backend.encode([as_fixed])[0].handle.tokens
-    assert backend.model.projector is not None and backend.model.projector.box is not None
+    assert backend.model.projector is not None
+    assert backend.model.projector.box is not None
     expected = backend.model.projector.box(torch.tensor([0.5, 0.5, 1.0, 1.0]))
     torch.testing.assert_close(offset, expected.expand_as(offset), atol=1e-5, rtol=1e-5)
 
@@ -119,7 +120,8 @@ def test_modules_with_closed_gates_change_nothing() -> None:
     )
     full = _backend(config)
     full.model.load_state_dict(plain.model.state_dict(), strict=False)
-    assert full.model.augmentation is not None and full.model.experts is not None
+    assert full.model.augmentation is not None
+    assert full.model.experts is not None
     for level in (*full.model.augmentation.levels, *full.model.experts.levels):
         torch.nn.init.zeros_(level.gate)
     scene = _scene(CONFIG, 64, 48)
