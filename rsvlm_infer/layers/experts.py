@@ -52,7 +52,7 @@ class Experts(nn.Module):
             stacked, expert_offsets, permutation, weights, self.w_gate, self.w_up, self.w_down, self.b_up, self.b_down
         )
         out = base
-        for level, part in zip(levels, mixed.view(len(LEVELS), tokens, -1), strict=True):
+        for level, part in zip(levels, mixed.view(len(LEVELS), tokens, mixed.shape[-1]), strict=True):
             out = out + torch.tanh(level.gate) * part
         return out
 

@@ -75,8 +75,6 @@ def load_checkpoint(path: str | Path, *, dtype: str = "float32") -> LoadedCheckp
         import torch
     except ImportError as error:
         raise MissingDependencyError(f"loading weights needs torch ({error}); pip install 'rsvlm-infer[torch]'") from None
-    from .rsvlm import RsvlmModel
-
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype must be one of {DTYPES}, got {dtype!r}; choose one of them")
     folder = CheckpointFolder.open(path)
@@ -84,18 +82,12 @@ def load_checkpoint(path: str | Path, *, dtype: str = "float32") -> LoadedCheckp
     config = layout.config(folder)
     verified = folder.verify()
     _check_depth(config)
-    try:
-        with torch.device("meta"):  # no memory and no random numbers: every weight comes from a file
-            model = RsvlmModel(config)
-    except (RuntimeError, OverflowError, TypeError) as error:
-        reason = str(error).partition("\n")[0]  # torch adds a C++ stack
-        raise CheckpointError(
-            f"config of checkpoint {folder.path} has sizes that no tensor can have ({reason}); restore config.json from its source"
-        ) from None
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     weights = layout.weights(folder, config)
-    state = _read_state(folder, weights, config, expected, layout.hint)
-    model.load_state_dict({name: value.to(getattr(torch, dtype)) for name, value in state.items()}, assign=True)
+    with torch.inference_mode(False):  # a caller's inference mode would make weights that can never be trained
+        model = _build_empty(config, folder.path)
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        state = _read_state(folder, weights, config, expected, layout.hint)
+        model.load_state_dict({name: value.to(getattr(torch, dtype)) for name, value in state.items()}, assign=True)
     model.requires_grad_(False)
     knowledge = folder.path / "knowledge"
     files = (*(file for file, _ in weights), *([folder.delta.weights] if folder.delta is not None else []))
@@ -110,6 +102,22 @@ def _check_depth(config: RsvlmConfig) -> None:
         layers = getattr(getattr(config, part), "num_layers", 0)
         if layers > MAX_LAYERS:
             raise CheckpointError(f"config {part}.num_layers must be at most {MAX_LAYERS}, got {layers}; restore config.json")
+
+
+def _build_empty(config: RsvlmConfig, folder: Path) -> RsvlmModel:
+    """The model on the meta device: no memory and no random numbers, because every weight comes from a file."""
+    import torch
+
+    from .rsvlm import RsvlmModel
+
+    try:
+        with torch.device("meta"):
+            return RsvlmModel(config)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).partition("\n")[0]  # torch adds a C++ stack
+        raise CheckpointError(
+            f"config of checkpoint {folder} has sizes that no tensor can have ({reason}); restore config.json from its source"
+        ) from None
 
 
 class _Gaps:

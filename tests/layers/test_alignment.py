@@ -1,52 +1,75 @@
-"""MS-VLAM heads: what each level reads."""
+"""MS-VLAM heads: which features each level reads, unit length, absent heads, ties."""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+import dataclasses
 
-from rsvlm_infer.config import AlignmentConfig
-from rsvlm_infer.layers.alignment import Alignment, most_salient
+import pytest
 
-WIDTH, EMBED = 6, 4
-BOUNDS = torch.tensor([0, 4, 6, 12])
+torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from rsvlm_infer.config import AlignmentConfig  # noqa: E402
+from rsvlm_infer.layers.alignment import Alignment, most_salient  # noqa: E402
 
-def _taps(seed: int = 0) -> list[torch.Tensor]:
-    return [torch.randn((12, WIDTH), generator=torch.Generator().manual_seed(seed + level)) for level in range(3)]
-
-
-def _expected(head: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return F.normalize(head.proj(head.norm(x)), dim=-1)  # type: ignore[operator]
+CONFIG = AlignmentConfig(embed_size=5, salient_patches=3)
+CU_SEQLENS = torch.tensor([0, 9, 13, 20])
 
 
-def test_levels_read_salient_patches_tile_means_and_the_base_tile() -> None:
+def made(config: AlignmentConfig = CONFIG) -> tuple[Alignment, list[torch.Tensor], list[torch.Tensor]]:
+    """Heads, three taps [20, 6] and three class tokens [3, 6]."""
     torch.manual_seed(0)
-    alignment, taps = Alignment(AlignmentConfig(EMBED, salient_patches=3), WIDTH, 8, 1e-6), _taps()
-    nothing = [torch.zeros((0, WIDTH))] * 3
-    objects, regions, scene = alignment(taps, nothing, BOUNDS)
-    assert objects.shape == (3, 2, EMBED)  # the shortest tile has two patches
-    assert alignment.region is not None
-    assert alignment.scene is not None
-    assert alignment.object is not None
-    torch.testing.assert_close(regions[1], _expected(alignment.region, taps[1][4:6].mean(dim=0)))
-    torch.testing.assert_close(scene, _expected(alignment.scene, taps[2][:4].mean(dim=0)))
-    torch.testing.assert_close(objects[2], _expected(alignment.object, most_salient(taps[0][6:], 2)))
-    torch.testing.assert_close(objects.norm(dim=-1), torch.ones(3, 2))
+    heads = Alignment(config, vision_size=6, text_size=7, eps=1e-6).eval().requires_grad_(False)
+    return heads, [torch.randn(20, 6) for _ in range(3)], [torch.randn(3, 6) for _ in range(3)]
+
+
+def unit(head: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """LayerNorm, Linear, L2 norm written out in float64."""
+    x = x.double()
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    x = x @ head.proj.weight.double().T + (0 if head.proj.bias is None else head.proj.bias.double())
+    return (x / x.norm(dim=-1, keepdim=True)).float()
+
+
+def test_each_level_reads_its_own_tap() -> None:
+    heads, taps, class_tokens = made()
+    objects, regions, scene = heads(taps, class_tokens, CU_SEQLENS)
+    assert (tuple(objects.shape), tuple(regions.shape), tuple(scene.shape)) == ((3, 3, 5), (3, 5), (5,))
+    for tile, (start, stop) in enumerate([(0, 9), (9, 13), (13, 20)]):
+        torch.testing.assert_close(regions[tile], unit(heads.region, taps[1][start:stop].mean(0)), atol=1e-5, rtol=1e-5)
+        own = taps[0][start:stop]
+        farthest = (own - own.mean(0)).norm(dim=-1).argsort(descending=True)[:3]
+        torch.testing.assert_close(objects[tile], unit(heads.object, own[farthest]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scene, unit(heads.scene, taps[2][:9].mean(0)), atol=1e-5, rtol=1e-5)  # the base tile only
+    for part in (objects, regions, scene):
+        torch.testing.assert_close(part.norm(dim=-1), torch.ones(part.shape[:-1]))
 
 
 def test_class_pooling_reads_the_base_tiles_class_token() -> None:
-    alignment = Alignment(AlignmentConfig(EMBED, pooling="class", levels=("scene",), head_bias=False), WIDTH, 8, 1e-6)
-    class_tokens = [torch.randn(3, WIDTH) for _ in range(3)]
-    objects, regions, scene = alignment(_taps(), class_tokens, BOUNDS)
-    assert alignment.object is None
-    assert alignment.region is None
-    assert alignment.scene is not None
-    assert objects.numel() == regions.numel() == 0
-    torch.testing.assert_close(scene, _expected(alignment.scene, class_tokens[2][0]))
-    assert alignment.scene.proj.bias is None
+    heads, taps, class_tokens = made(dataclasses.replace(CONFIG, pooling="class"))
+    scene = heads(taps, class_tokens, CU_SEQLENS)[2]
+    torch.testing.assert_close(scene, unit(heads.scene, class_tokens[2][0]), atol=1e-5, rtol=1e-5)
 
 
-def test_most_salient_is_farthest_from_the_mean_and_ties_keep_their_order() -> None:
-    tile = torch.tensor([[0.0], [5.0], [0.0], [-6.0], [5.0]])  # mean 0.8
-    assert most_salient(tile, 4)[:, 0].tolist() == [-6.0, 5.0, 5.0, 0.0]
+def test_absent_heads_own_no_weights_and_give_nothing() -> None:
+    heads, taps, class_tokens = made(dataclasses.replace(CONFIG, levels=("scene",), head_bias=False))
+    assert set(heads.state_dict()) == {"scene.norm.weight", "scene.norm.bias", "scene.proj.weight", "text_proj.weight"}
+    objects, regions, scene = heads(taps, class_tokens, CU_SEQLENS)
+    assert (objects.numel(), regions.numel(), scene.numel()) == (0, 0, 5)
+
+
+def test_a_tile_shorter_than_the_salient_count() -> None:
+    heads, taps, class_tokens = made(dataclasses.replace(CONFIG, salient_patches=8))
+    assert heads(taps, class_tokens, CU_SEQLENS)[0].shape == (3, 4, 5)  # the shortest tile has four patches
+
+
+def test_most_salient_takes_the_farthest_and_ties_to_the_first() -> None:
+    tile = torch.tensor([[1.0], [-3.0], [3.0], [0.0], [-1.0]])  # mean 0
+    assert most_salient(tile, 4)[:, 0].tolist() == [-3, 3, 1, -1]
+    assert most_salient(torch.ones(5, 2) * torch.tensor([[1.0, 2.0]]), 2).tolist() == [[1, 2], [1, 2]]
+
+
+def test_text_is_projected_and_normalised() -> None:
+    heads, _, _ = made()
+    states = torch.randn(4, 7)
+    expected = states @ heads.text_proj.weight.T + heads.text_proj.bias
+    torch.testing.assert_close(heads.embed_text(states), expected / expected.norm(dim=-1, keepdim=True))

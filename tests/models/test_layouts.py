@@ -237,6 +237,7 @@ def test_siglip_keeps_every_patch(tmp_path: Path) -> None:
         read_config(make(tmp_path, {**HF_LLAVA_15, **vision}))
     config = read_config(make(tmp_path, {**HF_LLAVA_15, **vision, "vision_feature_select_strategy": "full"}))
     assert (config.vision.position_grid, config.vision.activation, config.preprocess.mean) == (27, "gelu_tanh", (0.5, 0.5, 0.5))
+    assert (config.vision.layer_norm_eps, config.vision.class_token, config.vision.patch_bias) == (1e-6, False, True)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +305,7 @@ def test_bare_dinov2(tmp_path: Path) -> None:
     config = read_config(make(tmp_path, values, preprocessor_config=processor))
     vision = config.vision
     assert (vision.intermediate_size, vision.position_grid, vision.layer_scale, vision.patch_bias) == (1536, 37, True, True)
-    assert vision.taps == (4, 8, 12)
+    assert (vision.taps, vision.layer_norm_eps, vision.activation) == ((4, 8, 12), 1e-6, "gelu")
     assert (config.preprocess.tile_px, config.preprocess.fit) == (518, "stretch")  # only the colours of the processor are read
     assert config.preprocess.mean == (0.48145466, 0.4578275, 0.40821073)
     assert config.language is None

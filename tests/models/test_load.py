@@ -35,6 +35,16 @@ def test_saved_and_loaded_is_the_same_model(tmp_path: Path, config: RsvlmConfig)
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in loaded.model.parameters())
 
 
+def test_loading_in_inference_mode_gives_ordinary_weights(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "m", PLAIN, random_model(PLAIN).state_dict())
+    with torch.inference_mode():
+        model = load_checkpoint(folder).model
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model.projector.requires_grad_(True)
+    sum(tile.sum() for tile in model.projector(torch.ones(4, 16), torch.tensor([[2, 2]]), None)).backward()
+    assert model.projector.fc1.weight.grad is not None
+
+
 def test_parts_that_are_off_own_no_weights() -> None:
     names = set(random_model(PLAIN).state_dict())
     assert not [
