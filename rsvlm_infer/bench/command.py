@@ -32,6 +32,11 @@ from .tables import Table, markdown, report_tables
 OK, ERROR, USAGE, PARTLY_FAILED = 0, 1, 2, 3
 DEFAULT_LIMIT = 24  # two precisions in two scenarios take some minutes on two cores
 DEFAULT_PRECISIONS = ("float32", "bfloat16")
+# options that say something about timed rows, which --accuracy-only has none of
+TIMED_ONLY = {
+    "scenario": "--scenario", "repeats": "--repeats", "warmup": "--warmup", "source": "--from", "compare": "--compare",
+    "fail_if": "--fail-if", "force": "--force",
+}  # fmt: skip
 
 DESCRIPTION = """\
 Measures backends x precisions on real images: latency, throughput, memory, load time, and beside them how right and how equal to
@@ -63,7 +68,8 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--precision", action="append", metavar="NAME", help="repeatable (default: float32 and bfloat16)")
     what.add_argument("--scenario", action="append", choices=SCENARIOS, help="repeatable (default: both)")
-    what.add_argument("--accuracy-only", action="store_true", help="score the whole set, all images unless limited; no timing")
+    what.add_argument("--accuracy-only", action="store_true", help="score one backend at one precision on the whole set, all "
+                      "images unless limited; no timing, so nothing to compare")  # fmt: skip
     images = options.add_argument_group("on which images")
     images.add_argument("--images", type=Path, metavar="DIR", help="RSICD folder, folder of classes or of images (default: RSICD in "
                         "RSVLM_DATA or ../shared/data, else RSVQA scenes from the wheel configilm)")  # fmt: skip
@@ -112,6 +118,8 @@ def run(argv: list[str] | None = None) -> int:
 
 
 def _checked_rules(options: argparse.Namespace) -> list[Rule]:
+    if options.accuracy_only:
+        _refuse_beside_accuracy(options)
     if options.fail_if and options.compare is None:
         raise InputError("--fail-if needs an older result to hold the new one against; add --compare OLD.json")
     for name in ("images_limit", "questions_per_image"):
@@ -119,6 +127,18 @@ def _checked_rules(options: argparse.Namespace) -> list[Rule]:
         if value is not None and value < 0:
             raise InputError(f"--{name.replace('_', '-')} must be at least 0, got {value}; raise it")
     return [Rule.parse(text) for text in options.fail_if]
+
+
+def _refuse_beside_accuracy(options: argparse.Namespace) -> None:
+    """What --accuracy-only would not do must not look done: a gate that is never applied is an open one."""
+    defaults = parser()
+    found = [flag for name, flag in TIMED_ONLY.items() if getattr(options, name) != defaults.get_default(name)]
+    found += [f"several --{name}" for name in ("backend", "precision") if len(getattr(options, name) or ()) > 1]
+    if found:
+        raise InputError(
+            f"--accuracy-only cannot be combined with {', '.join(found)}: it scores one backend at one precision and times "
+            "nothing; leave these out, or leave out --accuracy-only"
+        )
 
 
 def _run_bench(options: argparse.Namespace, arguments: Sequence[str], rules: list[Rule], errors: Console) -> int:

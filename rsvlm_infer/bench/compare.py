@@ -23,7 +23,10 @@ _OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": opera
 
 # What must be equal for two results to say something about the code: the machine and the work.
 MACHINE_KEYS = ("cpu", "cores", "gpus")
-WORK_KEYS = ("image_set", "images_digest", "max_new_tokens", "repeats", "threads", "offline_batch", "tiling")
+WORK_KEYS = (
+    "image_set", "images", "labels", "captions", "questions", "images_digest",
+    "max_new_tokens", "repeats", "threads", "offline_batch", "tiling",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ wheel `configilm`, which pip can fetch on any machine.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 from collections.abc import Callable
@@ -39,9 +40,21 @@ class ImageSet:
 
     @property
     def digest(self) -> str:
-        """Short hash of the names in order and of the file lengths: two runs with equal digests measured the same files."""
-        lines = (f"{sample.name} {sample.path.stat().st_size}" for sample in self.samples)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        """Short hash of names in order, file lengths, labels, sentences and questions: equal digests are the same work.
+
+        Paths are left out, so that the same set in another place still compares.
+        """
+        samples = [
+            [
+                sample.name,
+                sample.path.stat().st_size,
+                sample.label,
+                sample.captions,
+                [[question.kind, question.question, question.answer] for question in sample.questions],
+            ]
+            for sample in self.samples
+        ]
+        return hashlib.sha256(json.dumps([samples, list(self.labels.items())]).encode()).hexdigest()[:16]
 
     def limited(self, limit: int | None, seed: int) -> ImageSet:
         """At most `limit` images in a seeded random order."""

@@ -56,6 +56,11 @@ class Workload:
         if not self.images.samples:
             raise InputError("images must hold at least one image, got none; raise --images-limit or name another folder")
 
+    @property
+    def scene_options(self) -> dict[str, Any]:
+        """How every call of a run reads an image, be it captioned, classified, asked about or embedded."""
+        return {} if self.tiling is None else {"tiling": self.tiling}
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -93,8 +98,9 @@ def measure(work: Workload, backend: str, precision: str, scenario: Scenario, pr
         quality |= caption_quality({name: answer.text for name, answer in first.items()}, samples)
     logits = first_logits(model, work, scenario, logits_samples, counter.step)
     if work.images.labels:
-        quality |= class_quality(classify_samples(model, samples, work.images.labels, counter.step), samples)
-    quality |= question_quality(model, samples, counter.step)
+        predicted = classify_samples(model, samples, work.images.labels, work.scene_options, counter.step)
+        quality |= class_quality(predicted, samples)
+    quality |= question_quality(model, samples, work.scene_options, counter.step)
     row = dataclasses.replace(
         row,
         load_ms=load_ms,
@@ -169,9 +175,7 @@ class _Pass:
 
 
 def _answers(model: Any, work: Workload, scenario: Scenario, samples: list[Sample]) -> Iterator[Any]:
-    options: dict[str, Any] = {"max_new_tokens": work.max_new_tokens}
-    if work.tiling is not None:
-        options["tiling"] = work.tiling
+    options: dict[str, Any] = {"max_new_tokens": work.max_new_tokens, **work.scene_options}
     if scenario == "Offline":
         paths = [sample.path for sample in samples]
         yield from model.caption_many(paths, batch_size=work.offline_batch, strict=True, **options)

@@ -33,13 +33,15 @@ def caption_quality(captions: Mapping[str, str], samples: Sequence[Sample]) -> d
     return {"bleu_4": scores.bleu_4, "rouge_l": scores.rouge_l, "cider": scores.cider}
 
 
-def classify_samples(model: Any, samples: Sequence[Sample], labels: Mapping[str, str], step: Step) -> dict[str, str]:
-    """Predicted class of every sample that has a true one, by sample name."""
+def classify_samples(
+    model: Any, samples: Sequence[Sample], labels: Mapping[str, str], options: Mapping[str, Any], step: Step
+) -> dict[str, str]:
+    """Predicted class of every sample that has a true one, by sample name. `options`: how to read an image, here and below."""
     classes = {words: name for name, words in labels.items()}
     predicted = {}
     for sample in samples:
         if sample.label is not None:
-            predicted[sample.name] = classes[model.classify(sample.path, list(classes)).label]
+            predicted[sample.name] = classes[model.classify(sample.path, list(classes), **options).label]
             step()
     return predicted
 
@@ -55,13 +57,13 @@ def class_quality(predicted: Mapping[str, str], samples: Sequence[Sample]) -> di
     return {"class_accuracy": exact_match(guesses, expected), "class_accuracy_mean": sum(by_class.values()) / len(by_class)}
 
 
-def question_quality(model: Any, samples: Sequence[Sample], step: Step) -> dict[str, float]:
+def question_quality(model: Any, samples: Sequence[Sample], options: Mapping[str, Any], step: Step) -> dict[str, float]:
     """Exact match of the answers, over all questions and by kind; nothing without questions."""
     kinds, answers, truths = [], [], []
     for sample in samples:
         for question in sample.questions:
             choices = CLOSED_ANSWERS.get(question.kind)
-            answer = model.ask(sample.path, question.question, choices=choices, max_new_tokens=ANSWER_TOKENS)
+            answer = model.ask(sample.path, question.question, choices=choices, max_new_tokens=ANSWER_TOKENS, **options)
             kinds.append(question.kind)
             answers.append(answer.text)
             truths.append(question.answer)
@@ -75,7 +77,7 @@ def question_quality(model: Any, samples: Sequence[Sample], step: Step) -> dict[
     return scores
 
 
-def retrieval_quality(model: Any, samples: Sequence[Sample], step: Step) -> dict[str, float]:
+def retrieval_quality(model: Any, samples: Sequence[Sample], options: Mapping[str, Any], step: Step) -> dict[str, float]:
     """Recalls both ways over the samples that have sentences; nothing when none has."""
     captioned = [sample for sample in samples if sample.captions]
     if not captioned:
@@ -86,6 +88,6 @@ def retrieval_quality(model: Any, samples: Sequence[Sample], step: Step) -> dict
     embedded = model.embed_text(list(distinct))[[distinct[text] for text in texts]]  # [M, De]
     rows = []
     for sample in captioned:
-        rows.append(alignment_scores(model.embed_levels(sample.path), embedded, alignment))
+        rows.append(alignment_scores(model.embed_levels(sample.path, **options), embedded, alignment))
         step()
     return retrieval_scores(np.stack(rows), positives).to_dict()

@@ -15,6 +15,7 @@ COMPARED = (
     "p50", "p95", "ttft_ms_p50", "tpot_ms_p50", "images_per_s", "peak_rss_bytes", "load_ms",
     "class_accuracy", "cider", "answer_accuracy", "same_tokens",
 )  # fmt: skip
+ONE_BY_ONE = ("class_accuracy", "answer_accuracy")  # judged after the clock, without batches
 METRIC_TITLES = {"bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
 EXAMPLES = 4
 NOTHING = "–"
@@ -144,7 +145,14 @@ def _headline(report: Report, scenario: str) -> Table:
         if single
         else f"All images at once, in batches of {report.workload.get('offline_batch')}. TTFT is from the start of an image's batch."
     )
+    note += _one_by_one_note(rows)
     return Table(scenario, ("row", *(title for title, _ in columns)), _cells(rows, columns, row_name), note)
+
+
+def _one_by_one_note(rows: Sequence[Row]) -> str:
+    """A batch could change an answer: says which numbers do not come from the scenario's own batches."""
+    names = [name.replace("_", " ") for name in ONE_BY_ONE if any(name in row.quality for row in rows)]
+    return f" {' and '.join(names).capitalize()}: one image at a time in both scenarios." if names else ""
 
 
 def _stages(rows: Sequence[Row]) -> Table:
@@ -186,7 +194,7 @@ def _accuracy(rows: Sequence[Row]) -> Table:
     note = (
         "Same tokens: share of images whose greedy tokens equal those of eager fp32. Same prefix: share of its tokens before the first "
         "difference. Logits: first step, worst image."
-    )
+    ) + _one_by_one_note(rows)
     return Table(
         "Accuracy and agreement", ("row", *(title for title, _ in columns)), _cells(rows, columns, lambda row: row.title), note
     )

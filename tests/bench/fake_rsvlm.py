@@ -2,6 +2,7 @@
 
 bfloat16 says another last word about images whose name holds "odd"; float16 cannot be loaded; "crash" ends the process.
 Its embedding of an image is that of the first word of its name, or of "river" when the name holds "odd".
+Every call that reads an image notes its tiling in `FakeRSVLM.tilings`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -40,6 +41,8 @@ class FakeBackend:
 class FakeRSVLM:
     """Ten visual tokens an image, 1000 x 2000 pixels each."""
 
+    tilings: ClassVar[list[tuple[str, str | None]]] = []  # (call, tiling) of every image read, over all models
+
     def __init__(self, backend: Any, tokenizer: Any) -> None:
         self.backend = backend
         self.tokenizer = tokenizer
@@ -54,26 +57,33 @@ class FakeRSVLM:
         return cls(FakeBackend(precision), None)
 
     def caption(self, image: Path, *, max_new_tokens: int, tiling: str | None = None) -> Answer:
+        self.tilings.append(("caption", tiling))
         return self._answers([image], max_new_tokens)[0]
 
     def caption_many(
         self, images: Iterable[Path], *, batch_size: int, strict: bool, max_new_tokens: int, tiling: str | None = None
     ) -> Iterator[Answer]:
         images = list(images)
+        self.tilings.append(("caption_many", tiling))
         for first in range(0, len(images), batch_size):
             yield from self._answers(images[first : first + batch_size], max_new_tokens)
 
-    def ask(self, image: Path, question: str, *, choices: Sequence[str] | None, max_new_tokens: int) -> Answer:
+    def ask(
+        self, image: Path, question: str, *, choices: Sequence[str] | None, max_new_tokens: int, tiling: str | None = None
+    ) -> Answer:
+        self.tilings.append(("ask", tiling))
         return Answer(source=str(image), text=choices[0] if choices else "3")
 
-    def classify(self, image: Path, labels: Sequence[str]) -> Classification:
+    def classify(self, image: Path, labels: Sequence[str], *, tiling: str | None = None) -> Classification:
+        self.tilings.append(("classify", tiling))
         named = [label for label in labels if label.split()[0] in image.name]
         return Classification(source=str(image), label=(named or list(labels))[0])
 
     def embed_text(self, texts: Sequence[str]) -> np.ndarray:
         return np.stack([self._embedding(text) for text in texts])
 
-    def embed_levels(self, image: Path) -> Embeddings:
+    def embed_levels(self, image: Path, *, tiling: str | None = None) -> Embeddings:
+        self.tilings.append(("embed_levels", tiling))
         empty = np.zeros(0, dtype=np.float32)
         return Embeddings(empty, empty, self._embedding("river" if "odd" in image.name else image.stem))
 

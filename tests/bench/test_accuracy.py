@@ -14,6 +14,7 @@ from rsvlm_infer.bench.accuracy import measure_accuracy
 from rsvlm_infer.bench.images import ImageSet
 from rsvlm_infer.bench.measure import Workload
 from rsvlm_infer.evaluation.datasets import Question
+from tests.bench.fake_rsvlm import FakeRSVLM
 from tests.bench.made_up import make_report
 
 ENVIRONMENT = make_report().environment
@@ -55,3 +56,21 @@ def test_a_set_of_questions_only(work: Workload) -> None:
     assert result.metrics == {"answer_accuracy": 1.0, "answer_accuracy_count": 1.0}
     assert result.predictions[0].caption is None
     assert result.table().title == "Accuracy on RSVQA, 1 images (eager auto)"
+
+
+@pytest.mark.parametrize("tiling", ["anyres", None])
+def test_tiling_holds_for_every_call(work: Workload, monkeypatch: pytest.MonkeyPatch, tiling: str | None) -> None:
+    monkeypatch.setattr(FakeRSVLM, "tilings", [])
+    first, *others = work.images.samples
+    asked = dataclasses.replace(first, questions=(Question(first.path, "count", "How many?", "3"),))
+    images = dataclasses.replace(work.images, samples=(asked, *others))
+    measure_accuracy(
+        dataclasses.replace(work, images=images, tiling=tiling), "auto", "auto", ENVIRONMENT, Console(file=io.StringIO())
+    )
+    calls = {name: [each for called, each in FakeRSVLM.tilings if called == name] for name, _ in FakeRSVLM.tilings}
+    assert calls == {
+        "caption_many": [tiling],
+        "classify": [tiling] * 4,
+        "ask": [tiling],
+        "embed_levels": [tiling] * 4,
+    }

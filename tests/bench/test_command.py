@@ -187,6 +187,59 @@ def test_accuracy_only_scores_the_whole_split(
     assert "text to image r10" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--compare", "old.json", "--fail-if", "p95>+10%"], "--compare, --fail-if"),
+        (["--fail-if", "p95>+10%"], "--fail-if"),
+        (["--from", "bench.json"], "--from"),
+        (["--force", "--scenario", "Offline"], "--scenario, --force"),
+        (["--repeats", "3", "--warmup", "0"], "--repeats, --warmup"),
+        (["--backend", "eager", "--backend", "native"], "several --backend"),
+        (["--precision", "float32", "--precision", "bfloat16"], "several --precision"),
+    ],
+)
+def test_accuracy_only_refuses_what_it_would_ignore(
+    bench: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    named: str,
+) -> None:
+    monkeypatch.setattr(command, "measure_accuracy", lambda *_: pytest.fail("must not measure"))
+    assert bench("--accuracy-only", *arguments) == 2
+    assert f"error: --accuracy-only cannot be combined with {named}: it scores one backend" in capsys.readouterr().err
+
+
+def test_accuracy_only_takes_one_backend_and_one_precision(
+    bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in THREAD_VARIABLES:
+        monkeypatch.setenv(name, "1")
+    assert bench("--accuracy-only", "--backend", "eager", "--precision", "bfloat16", "--tiling", "fixed") == 0
+    values = json.loads((tmp_path / "out" / "accuracy.json").read_text(encoding="utf-8"))
+    assert (values["backend"], values["precision"], values["workload"]["tiling"]) == ("eager", "bfloat16", "fixed")
+
+
+def test_another_set_of_questions_is_refused(
+    bench: Callable[..., int], rsicd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same files with other sentences are other work: accuracy would change though the code did not."""
+    arguments = ("--scenario", "Offline", "--images-limit", "2", "--warmup", "0", "--precision", "float32")
+    assert bench(*arguments) == 0
+    older = (tmp_path / "out" / "bench.json").rename(tmp_path / "old.json")
+    entries = json.loads((rsicd / "captions.json").read_text(encoding="utf-8"))
+    for entry in entries:
+        entry["captions"] = entry["captions"][:1]
+    (rsicd / "captions.json").write_text(json.dumps(entries), encoding="utf-8")
+    monkeypatch.setattr(command, "run_rows", lambda *_: pytest.fail("must not measure"))
+    capsys.readouterr()
+    assert bench(*arguments, "--compare", str(older)) == 1
+    err = capsys.readouterr().err
+    assert "workload captions is 2, was 4" in err
+    assert "workload images_digest is" in err
+
+
 def test_default_limit_is_small_and_zero_means_all(
     bench: Callable[..., int], rsicd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from rsvlm_infer.bench.images import ImageSet, choose_images, rsvqa_images, shared_folder
 from rsvlm_infer.errors import InputError
+from rsvlm_infer.evaluation.datasets import Question
 
 
 def _choose(folder: Path | None, fetched: Path | None = None) -> ImageSet:
@@ -117,3 +119,38 @@ def test_order_is_seeded_and_the_digest_knows_it(images: ImageSet) -> None:
     before = images.digest
     images.samples[0].path.write_bytes(b"another length")
     assert images.digest != before
+
+
+def test_digest_knows_what_is_asked_and_what_is_right(images: ImageSet, tmp_path: Path) -> None:
+    first, *others = images.samples
+    question = Question(first.path, "count", "How many?", "3")
+    asked = dataclasses.replace(images, samples=(dataclasses.replace(first, questions=(question,)), *others))
+    changed = [
+        asked,
+        dataclasses.replace(images, labels={**images.labels, "forest": "woods"}),
+        dataclasses.replace(images, labels=dict(list(images.labels.items())[:-1])),
+    ]
+    for changes in (
+        {"label": None},
+        {"label": "river"},
+        {"captions": first.captions[:1]},
+        {
+            "captions": ("a b .", "c ."),
+        },
+    ):
+        changed.append(dataclasses.replace(images, samples=(dataclasses.replace(first, **changes), *others)))
+    for other in (
+        dataclasses.replace(question, kind="area"),
+        dataclasses.replace(question, question="How many rivers?"),
+        dataclasses.replace(question, answer="4"),
+    ):
+        changed.append(dataclasses.replace(images, samples=(dataclasses.replace(first, questions=(other,)), *others)))
+    twice = dataclasses.replace(first, questions=(question, question))
+    changed.append(dataclasses.replace(images, samples=(twice, *others)))
+    digests = [images.digest, *(each.digest for each in changed)]
+    assert len(set(digests)) == len(digests) == 12
+
+    elsewhere = tmp_path / "elsewhere.jpg"
+    elsewhere.write_bytes(first.path.read_bytes())
+    moved = dataclasses.replace(first, path=elsewhere, questions=(dataclasses.replace(question, path=elsewhere),))
+    assert dataclasses.replace(images, samples=(moved, *others), source="there").digest == asked.digest

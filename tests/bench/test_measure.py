@@ -13,8 +13,10 @@ import pytest
 from rsvlm_infer.bench.images import ImageSet
 from rsvlm_infer.bench.measure import Workload, folder_bytes, measure, workload_from_dict, workload_to_dict
 from rsvlm_infer.bench.quality import class_quality, retrieval_quality
+from rsvlm_infer.bench.schema import Scenario
 from rsvlm_infer.errors import BackendError, InputError
 from rsvlm_infer.evaluation.datasets import Question
+from tests.bench.fake_rsvlm import FakeRSVLM
 
 
 def _silent(done: int, total: int) -> None:
@@ -102,7 +104,20 @@ def test_nothing_is_said_about_what_has_no_labels(work: Workload) -> None:
     images = ImageSet("bare", "here", bare)
     assert measure(dataclasses.replace(work, images=images), "eager", "float32", "Offline", _silent).row.quality == {}
     assert class_quality({}, bare) == {}
-    assert retrieval_quality(None, bare, lambda: None) == {}
+    assert retrieval_quality(None, bare, {}, lambda: None) == {}
+
+
+@pytest.mark.parametrize("tiling", ["fixed", None])
+@pytest.mark.parametrize(("scenario", "caption_call"), [("SingleStream", "caption"), ("Offline", "caption_many")])
+def test_tiling_holds_for_every_call(
+    work: Workload, monkeypatch: pytest.MonkeyPatch, tiling: str | None, scenario: Scenario, caption_call: str
+) -> None:
+    monkeypatch.setattr(FakeRSVLM, "tilings", [])
+    first, *others = work.images.samples
+    asked = dataclasses.replace(first, questions=(Question(first.path, "count", "How many?", "3"),))
+    images = dataclasses.replace(work.images, samples=(asked, *others))
+    measure(dataclasses.replace(work, images=images, tiling=tiling), "eager", "float32", scenario, _silent)
+    assert set(FakeRSVLM.tilings) == {(caption_call, tiling), ("classify", tiling), ("ask", tiling)}
 
 
 def test_refusals_of_the_model_pass_through(work: Workload) -> None:

@@ -63,6 +63,17 @@ def test_headline_puts_accuracy_beside_latency(report) -> None:
     assert failed.rows == (("eager float16 SingleStream", "cannot <run> here"),)
 
 
+def test_notes_say_what_is_not_measured_in_batches(report) -> None:
+    said = "one image at a time in both scenarios."
+    _, offline, _, _, accuracy, *_ = report_tables(report)
+    assert offline.note.endswith(f" Class accuracy: {said}")
+    assert accuracy.note.endswith(f"Logits: first step, worst image. Class accuracy: {said}")
+    both = make_report(make_row(scenario="Offline", quality={"answer_accuracy": 0.5, "class_accuracy": 0.5}))
+    assert report_tables(both)[0].note.endswith(f" Class accuracy and answer accuracy: {said}")
+    neither = make_report(make_row(scenario="Offline", quality={"cider": 0.5}))
+    assert [said in table.note for table in report_tables(neither)] == [False] * 5
+
+
 def test_other_time_is_never_negative() -> None:
     assert other_ms(make_row()) == pytest.approx(180.0)
     assert other_ms(make_row(scenario="Offline")) is None

@@ -1,0 +1,108 @@
+"""The trained delta inside the package is whole, fits the model and the base parts, and the checkpoint made from it is right."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from rsvlm_infer import pull
+from rsvlm_infer.config import RsvlmConfig
+from rsvlm_infer.evaluation.datasets import RSICD_THEMES, read_rsicd
+
+BASE_PREFIXES = ("language_model.", "vision_encoder.")
+THEMES = ("airport", "baseballfield", "beach", "desert", "forest", "parking")
+IMAGES_PER_THEME = 2
+LIMIT_BYTES = 15_000_000
+
+
+@pytest.fixture(scope="module")
+def delta() -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((pull.DELTA_FOLDER / "delta.json").read_text(encoding="utf-8"))
+    return values
+
+
+@pytest.fixture(scope="module")
+def config() -> RsvlmConfig:
+    return RsvlmConfig.from_json(pull.DELTA_FOLDER / "config.json")
+
+
+def test_weights_have_the_stated_hash_and_are_small(delta: dict[str, Any]) -> None:
+    assert delta["weights"] == "delta.safetensors"
+    weights = (pull.DELTA_FOLDER / "delta.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == delta["sha256"]
+    assert len(weights) < LIMIT_BYTES
+
+
+def test_delta_was_trained_on_the_parts_that_pull_makes(delta: dict[str, Any]) -> None:
+    assert delta["base"] == [
+        {"part": part.part, "source": f"{part.requirement} {part.member}", "sha256": part.member_sha256}
+        for part in pull.BASE_PARTS
+    ]
+
+
+def test_every_tensor_belongs_to_the_model_and_none_is_missing(config: RsvlmConfig) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from rsvlm_infer.models.rsvlm import RsvlmModel
+
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in RsvlmModel(config).state_dict().items()}
+    with safe_open(pull.DELTA_FOLDER / "delta.safetensors", "numpy") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a safetensors file is no dict
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    assert {name: wanted.get(name) for name in shapes} == shapes
+    assert {name for name in wanted if not name.startswith(BASE_PREFIXES)} - set(shapes) == set()
+    assert {"projector.fc1.weight", "projector.fc2.weight", "alignment.text_proj.weight"} <= set(shapes)
+    assert {name for name in wanted if name.startswith(("projector.", "alignment."))} <= set(shapes)
+    assert [name for name, tensor in found.items() if not np.isfinite(tensor.astype(np.float32)).all()] == []
+
+
+@pytest.fixture(scope="module")
+def model(default_checkpoint: Path) -> Any:
+    pytest.importorskip("torch", reason="torch is not installed")
+    for name in ("delta.safetensors", "config.json"):
+        same = (default_checkpoint / name).read_bytes() == (pull.DELTA_FOLDER / name).read_bytes()
+        assert same, f"{name} of the default checkpoint is not that of the package; run `rsvlm pull` again"
+    from rsvlm_infer import RSVLM
+
+    return RSVLM.from_pretrained(default_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def images(data_root: Path) -> dict[str, list[Path]]:
+    """The first test images of each theme."""
+    chosen: dict[str, list[Path]] = defaultdict(list)
+    for image in read_rsicd(data_root / "rsicd", "test"):
+        if image.theme in THEMES and image.path.is_file() and len(chosen[image.theme]) < IMAGES_PER_THEME:
+            chosen[image.theme].append(image.path)
+    assert {theme: len(paths) for theme, paths in chosen.items()} == dict.fromkeys(THEMES, IMAGES_PER_THEME)
+    return chosen
+
+
+@pytest.mark.wheels
+@pytest.mark.data
+@pytest.mark.slow
+def test_real_checkpoint_knows_six_themes(model: Any, images: dict[str, list[Path]], config: RsvlmConfig) -> None:
+    assert model.config == config
+    labels = [RSICD_THEMES[theme] for theme in THEMES]
+    answers = [
+        (path.name, RSICD_THEMES[theme], model.classify(path, labels).label) for theme in THEMES for path in images[theme]
+    ]
+    right = [name for name, truth, answer in answers if truth == answer]
+    assert len(right) >= 9, answers
+
+
+@pytest.mark.wheels
+@pytest.mark.data
+@pytest.mark.slow
+def test_real_checkpoint_speaks_in_sentences(model: Any, images: dict[str, list[Path]]) -> None:
+    for theme in THEMES[:3]:
+        text = model.caption(images[theme][0]).text
+        assert re.fullmatch(r"[A-Z][a-z]*( [\w',-]+)+\.", text), (theme, text)
