@@ -16,6 +16,7 @@ import numpy.typing as npt
 from .backends import load_backend
 from .backends.base import Backend, Embeddings, ImageFeatures, Query
 from .config import LEVELS, RsvlmConfig, Tiling
+from .engine.checks import check_integer, check_text, check_texts
 from .engine.engine import Engine
 from .engine.request import Request
 from .errors import CheckpointError, InputError, RsvlmError
@@ -207,7 +208,7 @@ class RSVLM:
         Raises:
             InputError: fewer than two labels, repeated or blank ones, or a method that the checkpoint has no parts for.
         """
-        check_labels(labels, "labels")
+        labels = check_labels(labels, "labels")
         chosen = choose_method(method, self.config)
         prompts = label_prompts(labels, template)
         scene, _ = _settings(options)
@@ -238,9 +239,14 @@ class RSVLM:
         )
 
     def score(self, image: Any, texts: Sequence[str], **options: Unpack[SceneOptions]) -> npt.NDArray[np.float32]:
-        """Alignment score [N] of an image with texts, by the checkpoint's level weights; (1, 0, 0) is the plain CLIP score."""
+        """Alignment score [N] of an image with texts, by the checkpoint's level weights; (1, 0, 0) is the plain CLIP score.
+
+        Raises:
+            InputError: texts that are no list of texts, or that are empty.
+        """
         alignment = require_alignment(self.config)
-        return alignment_scores(self.embed_levels(image, **options), self.embed_text(list(texts)), alignment)
+        embedded = self.embed_text(check_texts("texts", texts))  # first, because it refuses bad texts before the image is read
+        return alignment_scores(self.embed_levels(image, **options), embedded, alignment)
 
     def embed_image(
         self, image: Any, *, level: Literal["object", "region", "scene"] = "scene", **options: Unpack[SceneOptions]
@@ -269,7 +275,7 @@ class RSVLM:
             InputError: no text, a blank or a too long one.
         """
         require_alignment(self.config)
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = check_texts("text", [text] if isinstance(text, str) else text)
         if not texts:
             raise InputError("text must hold at least one text, got none; pass some words")
         ids = [text_ids(self.tokenizer, self.config, each) for each in texts]
@@ -284,6 +290,7 @@ class RSVLM:
         self, image: Any, prompt: str | None, choices: Sequence[str] | None, stream: bool, options: AnswerOptions
     ) -> Answer | AnswerStream:
         self._require_language()
+        choices = _checked_words(prompt, choices)
         draft = self._drafts([image], prompt, choices, True, *_settings(options))[0]
         assert isinstance(draft, AnswerDraft)  # strict: a failure was raised
         pieces = AnswerStream(self._pieces(draft), draft)
@@ -309,12 +316,16 @@ class RSVLM:
         strict: bool,
         options: AnswerOptions,
     ) -> Iterator[Answer]:
+        check_integer("batch_size", batch_size)
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}; raise it")
         if isinstance(images, (str, bytes, Path)):
             raise InputError(
                 f"images must be several images, got the single {source_name(images)!r}; pass a list, or use caption"
             )
+        if not isinstance(images, Iterable):
+            raise InputError(f"images must be several images, got {type(images).__name__}; pass a list of them")
+        choices = _checked_words(prompt, choices)
         self._require_language()
         scene, generation = _settings(options)
         remaining = iter(images)
@@ -339,8 +350,6 @@ class RSVLM:
         generation: GenerationSettings,
     ) -> list[AnswerDraft | Answer]:
         """Everything before the language model, for one batch: a draft for each image, or an Answer that holds its error."""
-        if choices is not None:
-            check_labels(choices, "choices")
         started = time.perf_counter()
         region_scores = self._region_scores(prompt)
         prepared: list[PreparedScene | Answer] = []
@@ -413,7 +422,15 @@ def _settings(options: SceneOptions | AnswerOptions) -> tuple[SceneSettings, Gen
     return scene, GenerationSettings(**{name: value for name, value in values.items() if name not in scene_names})
 
 
+def _checked_words(prompt: str | None, choices: Sequence[str] | None) -> list[str] | None:
+    """The choices as a list. Raises InputError for words of the wrong type, before any image is read."""
+    if prompt is not None:
+        check_text("prompt", prompt)
+    return None if choices is None else check_labels(choices, "choices")
+
+
 def _checked_question(question: str) -> str:
+    check_text("question", question)
     if not question.strip():
         raise InputError("question must not be blank; pass a question, or use caption")
     return question

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +115,26 @@ def test_caption_many_keeps_order_and_survives_bad_images(model: RSVLM, backend:
         list(model.caption_many(images, strict=True))
 
 
+def test_the_time_to_the_first_token_counts_the_groups_before(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three images in a batch of an engine of one row: each waits for the ones before it, on a clock that only prefill moves."""
+    clock = [50.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    backend = TellingBackend()
+    prefill = backend.prefill
+
+    def slow_prefill(*arguments: Any) -> Any:
+        clock[0] += 2
+        return prefill(*arguments)
+
+    monkeypatch.setattr(backend, "prefill", slow_prefill)
+    images = [picture(colour) for colour in ("red", "green", "blue")]
+    answers = list(RSVLM(backend, tokenizer, max_batch=1).caption_many(images, batch_size=3))
+    assert [answer.timings.prefill_ms for answer in answers] == [2000, 2000, 2000]
+    assert [answer.timings.ttft_ms for answer in answers] == [2000, 4000, 6000]
+    together = list(RSVLM(backend, tokenizer).caption_many(images, batch_size=3))
+    assert [answer.timings.ttft_ms for answer in together] == [2000, 2000, 2000]
+
+
 def test_caption_many_is_lazy(model: RSVLM) -> None:
     read: list[int] = []
 
@@ -165,6 +187,43 @@ def test_settings_are_checked_before_any_image_is_read(model: RSVLM) -> None:
         model.caption(picture("red"), stop=("",))
     with pytest.raises(TypeError, match="maxtokens"):
         model.caption(picture("red"), maxtokens=3)  # type: ignore[call-arg]
+
+
+WRONG_TYPES: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda m: m.caption("a.png", bands=5), "bands must be a sequence of whole numbers, got 5 (int); pass for example"),
+    (lambda m: m.caption("a.png", bands="321"), "bands must be a sequence of whole numbers, got '321' (str)"),
+    (lambda m: m.plan("a.png", max_pixels="a"), "max_pixels must be a whole number, got 'a' (str); pass an int"),
+    (lambda m: m.plan("a.png", max_tiles=1.5), "max_tiles must be a whole number, got 1.5 (float); pass an int"),
+    (lambda m: m.caption("a.png", max_new_tokens=2.5), "max_new_tokens must be a whole number, got 2.5 (float)"),
+    (lambda m: m.caption("a.png", prompt=7), "prompt must be a text, got 7 (int); pass a str"),
+    (lambda m: m.caption("a.png", stop=5), "stop must be a list of texts, got 5 (int); pass a list"),
+    (lambda m: m.caption("a.png", stop=["x", 5]), "stop[1] must be a text, got 5 (int); pass a str"),
+    (lambda m: m.ask("a.png", None), "question must be a text, got None (NoneType); pass a str"),
+    (lambda m: m.ask_many(["a.png"], "A?", choices=["a", 3]), "choices[1] must be a text, got 3 (int); pass a str"),
+    (lambda m: m.classify("a.png", ["a", 3]), "labels[1] must be a text, got 3 (int); pass a str"),
+    (lambda m: m.score("a.png", "forest"), "texts must be a list of texts, got the single text 'forest'; pass a list"),
+    (lambda m: m.score("a.png", None), "texts must be a list of texts, got None (NoneType); pass a list"),
+    (lambda m: m.embed_text(5), "text must be a list of texts, got 5 (int); pass a list"),
+    (lambda m: m.caption_many(["a.png"], batch_size=1.5), "batch_size must be a whole number, got 1.5 (float)"),
+    (lambda m: m.caption_many(5), "images must be several images, got int; pass a list of them"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_TYPES)
+def test_a_wrong_type_is_an_input_error_before_the_image_is_read(
+    model: RSVLM, call: Callable[[RSVLM], Any], message: str
+) -> None:
+    """The image is absent, so a check that came later would be an ImageReadError."""
+    with pytest.raises(InputError, match=re.escape(message)):
+        call(model)
+
+
+def test_labels_choices_and_stops_may_come_from_an_iterator(model: RSVLM, backend: TellingBackend) -> None:
+    assert model.classify(picture("red"), iter(["a", "b", "c"]), template="{label}").label == "b"  # type: ignore[arg-type]
+    assert model.caption(picture("red"), stop=iter(["scene"])).text == "A red"  # type: ignore[call-overload]
+    backend.reply = "b"
+    answers = model.ask_many([picture("red"), picture("green")], "?", choices=iter(["aa", "bb"]), batch_size=1)  # type: ignore[arg-type]
+    assert [answer.text for answer in answers] == ["bb", "bb"]
 
 
 def test_ask_many_and_sampling_with_a_seed(model: RSVLM) -> None:

@@ -14,8 +14,10 @@ import typer
 from .. import __version__
 from ..errors import InputError, RsvlmError
 from ..pipeline import RSVLM, SceneOptions
-from ..tasks.classify import LABEL_TEMPLATE
+from ..tasks.classify import LABEL_TEMPLATE, choose_method, label_prompts
+from ..tasks.generation import check_labels
 from ..tasks.result import Answer, Classification, SceneReport
+from ..tasks.retrieve import require_alignment
 from ..tasks.scene import ScenePlan, SceneSettings, plan_image
 from . import options as opt
 from .console import EXIT_ERROR, EXIT_OK, Console, exit_code, set_up_logging
@@ -102,8 +104,11 @@ def caption(
     """Describe images, one sentence each."""
     scene = opt.scene_options(bands, max_pixels, tiling, max_tiles, max_visual_tokens)
     settings = opt.answer_options(scene, max_new_tokens, temperature, top_p, seed, stop)
-    model = _load(checkpoint, backend, precision)
-    if _streams(stream, images, output_format):
+    opt.check_plan(plan, output_format)
+    opt.check_words("--prompt", prompt)
+    streamed = _streams(stream, images, output_format)
+    model = _load(checkpoint, backend, precision, scene)
+    if streamed:
         return _stream(images[0], lambda: model.caption(images[0], prompt=prompt, stream=True, **settings))
     answers = model.caption_many(images, prompt=prompt, batch_size=batch_size, **settings)
     return _answers(answers, images, output_format, plan, "captions")
@@ -135,9 +140,12 @@ def ask(
     """Answer a question about images: rsvlm ask IMAGE... "QUESTION"."""
     scene = opt.scene_options(bands, max_pixels, tiling, max_tiles, max_visual_tokens)
     settings = opt.answer_options(scene, max_new_tokens, temperature, top_p, seed, stop)
-    model = _load(checkpoint, backend, precision)
-    choices = choice or None
-    if _streams(stream, images, output_format):
+    opt.check_plan(plan, output_format)
+    opt.check_words("QUESTION", question)
+    choices = check_labels(choice, "--choice") if choice else None
+    streamed = _streams(stream, images, output_format)
+    model = _load(checkpoint, backend, precision, scene)
+    if streamed:
         return _stream(images[0], lambda: model.ask(images[0], question, choices=choices, stream=True, **settings))
     answers = model.ask_many(images, question, choices=choices, batch_size=batch_size, **settings)
     return _answers(answers, images, output_format, plan, "answers")
@@ -166,13 +174,16 @@ def classify(
 ) -> int:
     """Choose among labels: lines of label and probability."""
     scene = opt.scene_options(bands, max_pixels, tiling, max_tiles, max_visual_tokens)
-    names = _labels(labels, labels_file)
-    model = _load(checkpoint, backend, precision)
+    opt.check_plan(plan, output_format)
+    names = check_labels(_labels(labels, labels_file), "labels")
+    label_prompts(names, template)
+    model = _load(checkpoint, backend, precision, scene)
+    chosen = choose_method(method.value, model.config)
 
     def lines(result: Classification) -> str:
         return "\n".join(_named(f"{name}\t{share:.4f}", result, images) for name, share in list(result.scores.items())[:top])
 
-    results = _attempts(images, lambda image: model.classify(image, names, method=method.value, template=template, **scene))
+    results = _attempts(images, lambda image: model.classify(image, names, method=chosen, template=template, **scene))
     return _report(results, images, output_format, plan, "classes", lines)
 
 
@@ -197,7 +208,10 @@ def embed(
     scene = opt.scene_options(bands, max_pixels, tiling, max_tiles, max_visual_tokens)
     names, texts = images or [], text or []
     check_output(output, bool(names), bool(texts))
-    model = _load(checkpoint, backend, precision)
+    for each in texts:
+        opt.check_words("--text", each)
+    model = _load(checkpoint, backend, precision, scene)
+    require_alignment(model.config)
     rows = EmbeddingRows(texts, model.embed_text(texts) if texts else np.zeros((0, 0), np.float32))
     for each, vector in zip(texts, rows.text_vectors, strict=True):
         if output is None:
@@ -207,6 +221,8 @@ def embed(
         if isinstance(found, RsvlmError):
             failed += 1
             _console.failure(found, name)
+            if output is None:
+                _console.json({"source": name, "error": str(found)})
         elif output is None:
             _console.json({"source": name, "embedding": found.scene.tolist()})
         rows.add(name, None if isinstance(found, RsvlmError) else found)
@@ -231,6 +247,7 @@ def plan(
     scene = opt.scene_options(bands, max_pixels, tiling, max_tiles, max_visual_tokens)
     config = planning_config(checkpoint)
     settings = SceneSettings(**scene)
+    settings.apply(config)
     failed = 0
     plans = _caught(images, lambda image: plan_image(image, config, settings))
     for name, found in _console.each(plans, "plans", len(images)):
@@ -253,11 +270,14 @@ def info(
     checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder; default is the one `rsvlm pull` makes.")] = None,
     output_format: opt.OutputFormat = opt.Format.text,
 ) -> int:
-    """What a checkpoint holds: modules, config, files with sizes and sha256."""
+    """What a checkpoint holds: modules, config, files with sizes and sha256, and which of them are damaged."""
     with _console.working("reading the checkpoint"):
         report = checkpoint_report(checkpoint)
     _console.json(report.values) if output_format is opt.Format.json else _console.data(report.text)
-    return EXIT_OK
+    if report.problem is None:
+        return EXIT_OK
+    _console.problem(report.problem)
+    return EXIT_ERROR
 
 
 @command
@@ -296,9 +316,12 @@ def pull(context: typer.Context) -> None:
     raise typer.Exit(_console.run(run))
 
 
-def _load(checkpoint: Path | None, backend: str, precision: str) -> RSVLM:
+def _load(checkpoint: Path | None, backend: str, precision: str, scene: SceneOptions) -> RSVLM:
+    """The model, once the scene options fit it: else every image would fail for the same reason."""
     with _console.working("loading the checkpoint"):
-        return RSVLM.from_pretrained(checkpoint, backend, precision)
+        model = RSVLM.from_pretrained(checkpoint, backend, precision)
+    SceneSettings(**scene).apply(model.config)
+    return model
 
 
 def _streams(stream: bool | None, images: list[str], output_format: opt.Format) -> bool:

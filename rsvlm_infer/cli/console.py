@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from ..errors import InputError, RsvlmError
 
@@ -34,12 +35,15 @@ class Console:
     def data(self, text: str, end: str = "\n") -> None:
         """Data for the reader or the next program: stdout, at once."""
         with self._unobstructed():
-            sys.stdout.write(text + end)
+            sys.stdout.write(_writable(text + end, sys.stdout))
             sys.stdout.flush()
 
     def json(self, values: dict[str, Any]) -> None:
-        """One JSON object on one line."""
-        self.data(json.dumps(values, ensure_ascii=False, allow_nan=False))
+        """One JSON object on one line, in UTF-8 also when the terminal is not: then, and for names that are no UTF-8, by escapes."""
+        text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+        if _encoding(sys.stdout) != "utf-8" or _writable(text, sys.stdout) != text:
+            text = json.dumps(values, ensure_ascii=True, allow_nan=False)
+        self.data(text)
 
     def note(self, text: str) -> None:
         """One line for people: stderr, not when quiet."""
@@ -49,7 +53,7 @@ class Console:
     def problem(self, text: str) -> None:
         """One line that must be seen: stderr."""
         with self._unobstructed():
-            sys.stderr.write(f"rsvlm: {' '.join(text.split())}\n")
+            sys.stderr.write(_writable(f"rsvlm: {' '.join(text.split())}\n", sys.stderr))
 
     def failure(self, error: BaseException, subject: str = "") -> None:
         """One line for an error, with its traceback only in debug."""
@@ -180,6 +184,17 @@ def exit_code(failed: int, total: int) -> int:
     if failed == 0:
         return EXIT_OK
     return EXIT_ERROR if failed == total else EXIT_PARTLY
+
+
+def _encoding(stream: TextIO) -> str:
+    """Python's own name of a stream's encoding."""
+    return codecs.lookup(getattr(stream, "encoding", None) or "utf-8").name
+
+
+def _writable(text: str, stream: TextIO) -> str:
+    """The text with backslash escapes for what the stream cannot hold, such as the bytes of a file name that is no UTF-8."""
+    encoding = _encoding(stream)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _abandon_stdout() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from .. import backends, hardware
 from ..config import RsvlmConfig
 from ..errors import CheckpointError
-from ..models.checkpoint import CheckpointFolder, sha256_of
+from ..models.checkpoint import DELTA_FILE, CheckpointFolder, sha256_of
 from ..models.layouts import detect_layout
 from ..models.load import read_config
 from ..pipeline import DEFAULT_NAME, default_checkpoint
@@ -23,6 +23,7 @@ class Report:
 
     values: dict[str, Any]
     text: str
+    problem: str | None = None
 
 
 def planning_config(checkpoint: Path | None) -> RsvlmConfig:
@@ -42,16 +43,17 @@ def planning_config(checkpoint: Path | None) -> RsvlmConfig:
 
 
 def checkpoint_report(checkpoint: Path | None) -> Report:
-    """Modules, config and files of a checkpoint.
+    """Modules, config and files of a checkpoint, and how the files differ from its `delta.json`.
 
     Raises:
         CheckpointError: no such folder. ConfigError: a bad config.
     """
     folder = _folder(default_checkpoint() if checkpoint is None else checkpoint)
-    layout = detect_layout(CheckpointFolder.open(folder))
+    opened = CheckpointFolder.open(folder)
+    layout = detect_layout(opened)
     config = read_config(folder)
     files: list[dict[str, Any]] = [
-        {"file": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     ]
@@ -67,6 +69,9 @@ def checkpoint_report(checkpoint: Path | None) -> Report:
     lines += [f"  {name:<13} {text or 'off'}" for name, text in parts.items()]
     lines += ["", "files"]
     lines += [f"  {entry['sha256']}  {_size(entry['bytes']):>10}  {entry['file']}" for entry in files]
+    damaged = _damages(opened, {entry["file"]: entry["sha256"] for entry in files})
+    if damaged:
+        lines += ["", *(f"damaged: {damage}" for damage in damaged)]
     values = {
         "checkpoint": str(folder),
         "layout": layout.name,
@@ -74,9 +79,38 @@ def checkpoint_report(checkpoint: Path | None) -> Report:
         "tiling": config.tiling,
         "bytes": total,
         "files": files,
+        "damaged": damaged,
         "config": config.to_dict(),
     }
-    return Report(values, "\n".join(lines))
+    problem = f"checkpoint {folder} is damaged: {'; '.join(damaged)}; run `rsvlm pull` again or restore the files"
+    return Report(values, "\n".join(lines), problem if damaged else None)
+
+
+def _damages(folder: CheckpointFolder, hashes: dict[str, str]) -> list[str]:
+    """What `delta.json` says and the files do not, a line each; `hashes` is sha256 by file. Empty when there is no delta.
+
+    The file is read here by hand, because `CheckpointFolder.delta` stops at the first missing file.
+    """
+    values = folder.read_json(DELTA_FILE)
+    if values is None:
+        return []
+    named, parts = values.get("files"), values.get("base")
+    expected: dict[Any, Any] = dict(named) if isinstance(named, dict) else {}
+    expected[values.get("weights")] = values.get("sha256")
+    beside = [part["file"] for part in parts if isinstance(part, dict) and "file" in part] if isinstance(parts, list) else []
+    absent = sorted({name for name in (*expected, *beside) if isinstance(name, str) and name not in hashes})
+    found = [f"{name} is missing, {DELTA_FILE} names it" for name in absent]
+    found += [
+        f"{name} has sha256 {hashes[name]}, {DELTA_FILE} says {digest}"
+        for name, digest in expected.items()
+        if name in hashes and isinstance(digest, str) and digest.lower() != hashes[name]
+    ]
+    if not found:
+        try:
+            _ = folder.delta
+        except CheckpointError as error:
+            found = [str(error)]
+    return found
 
 
 def modules(config: RsvlmConfig) -> dict[str, str | None]:

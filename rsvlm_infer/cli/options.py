@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..engine.checks import check_text
 from ..errors import InputError
 from ..pipeline import AnswerOptions, SceneOptions
 from ..tasks.generation import GenerationSettings
@@ -118,6 +119,21 @@ def answer_options(
         seed=seed,
         stop=settings.stops,
     )
+
+
+def check_plan(plan: bool, output_format: Format) -> None:
+    """Raises InputError for --plan in text, which has no place for it."""
+    if plan and output_format is not Format.json:
+        raise InputError(f"--plan needs --format json, got --format {output_format}; add --format json, or use rsvlm plan")
+
+
+def check_words(name: str, words: str | None) -> None:
+    """Raises InputError for a prompt or question that is given and blank or no text."""
+    if words is None:
+        return
+    check_text(name, words)
+    if not words.strip():
+        raise InputError(f"{name} must not be blank, got {words!r}; write some words")
 
 
 def parse_bands(text: str | None) -> tuple[int, ...] | None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ..backends.base import Backend, Prompt
 from ..errors import InputError
+from .checks import check_integer
 from .choices import ChoiceTrie
 from .request import ChoiceScores, FinishReason, Request, TokenEvent
 from .sampling import choose_token, log_softmax
@@ -19,6 +20,7 @@ class Engine:
     """Generates with one backend; at most `max_batch` rows share a KV cache."""
 
     def __init__(self, backend: Backend, max_batch: int = 16) -> None:
+        check_integer("max_batch", max_batch)
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}; raise it")
         self.backend = backend
@@ -34,20 +36,21 @@ class Engine:
         """
         for index, request in enumerate(requests):
             self.check(request, index)
-        return self._run(requests)
+        return self._run(requests, time.perf_counter())
 
-    def _run(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
+    def _run(self, requests: Sequence[Request], called: float) -> Iterator[TokenEvent]:
         for first in range(0, len(requests), self.max_batch):
             rows = [_Row(first + i, request) for i, request in enumerate(requests[first : first + self.max_batch])]
             capacity = max(row.request.token_ids.size + row.request.max_new_tokens for row in rows)
 
             started = time.perf_counter()
+            queue_ms = (started - called) * 1e3
             logits, cache = self.backend.prefill([row.request.prompt for row in rows], capacity)  # [B, V]
             while True:
                 chosen = [row.choose(logits[i]) for i, row in enumerate(rows)]
                 step_ms = (time.perf_counter() - started) * 1e3
                 for row, token_id in zip(rows, chosen, strict=True):
-                    yield TokenEvent(row.index, token_id, step_ms, row.finish_reason)
+                    yield TokenEvent(row.index, token_id, step_ms, row.finish_reason, queue_ms)
 
                 started = time.perf_counter()
                 alive = [i for i, row in enumerate(rows) if row.finish_reason is None]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ..backends.base import ImageFeatures, Prompt
 from ..errors import InputError
+from .checks import check_integer, check_real
 from .choices import ChoiceTrie
 
 FinishReason = Literal["stop_id", "stop_text", "length", "choice"]
@@ -66,7 +67,11 @@ class Request:
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
-    """Raises InputError when a sampling setting is out of its range."""
+    """Raises InputError when a sampling setting has the wrong type or is out of its range."""
+    check_integer("max_new_tokens", max_new_tokens)
+    check_real("temperature", temperature)
+    check_real("top_p", top_p)
+    check_integer("seed", seed)
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}; raise it")
     if not (math.isfinite(temperature) and temperature >= 0):
@@ -83,12 +88,14 @@ class TokenEvent:
 
     A stop id is reported too (finish_reason "stop_id") and is not part of the answer. `step_ms` is the time of the prefill
     (first event) or decode step that made the token, shared by the whole batch, without the caller's own time between events.
+    `queue_ms` is the wall time from the call of `generate` to the start of this request's prefill: other requests went first.
     """
 
     request_index: int
     token_id: int
     step_ms: float
     finish_reason: FinishReason | None = None
+    queue_ms: float = 0.0
 
     @property
     def finished(self) -> bool:

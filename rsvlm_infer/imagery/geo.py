@@ -106,6 +106,8 @@ class RasterScene(Scene):
         known_rgb = self.count == 3 or {ColorInterp.red, ColorInterp.green, ColorInterp.blue} <= set(interpretation)
         self._display_ready = self._palette is not None or (self.dtype == "uint8" and known_rgb)
         self._flags = [dataset.mask_flag_enums[band - 1] for band in self._bands]
+        masked = self._palette is not None or dtypes[0].startswith("float")
+        self.all_valid = not masked and all(MaskFlags.all_valid in flags for flags in self._flags)
         row_bytes = dataset.width * dataset.count * np.dtype(dtypes[0]).itemsize
         block_rows = max(dataset.block_shapes[0][0], _CACHE_ROWS)
         self._cache_mb = min(max(_CACHE_MB[0], row_bytes * block_rows * 5 // 4 >> 20), _CACHE_MB[1])

@@ -38,8 +38,8 @@ class PackedScene:
         boxes: float32 [T, 4], (cx, cy, w, h) of the tiles as shares of the scene.
         plan: what was packed.
         num_tokens: visual tokens that the language model gets.
-        scene: name, height, width, gsd_native_m, gsd_effective_m (metres per encoded pixel of the best resolved tile, None
-            when the source does not say).
+        scene: name, height, width, gsd_native_m, gsd_effective_m (metres per encoded pixel, the mean over the scene as
+            `TilePlan.scale` has it; None when the source does not say).
     """
 
     patches: NDArray[np.float32]

@@ -98,13 +98,33 @@ class TilePlan:
 
     @property
     def scale(self) -> float:
-        """Native pixels per encoded pixel along the worse side of the best resolved tile; 1.0 = native detail somewhere."""
-        return max(1.0, min(max(tile.height / tile.canvas[0], tile.width / tile.canvas[1]) for tile in self.tiles))
+        """Native pixels per encoded pixel, the mean over the scene's kept area; 1.0 = native detail everywhere.
+
+        Each part of the scene counts with the tile that shows it best: its leaf or grid tile, or the base tile where the plan
+        has no other. A tile's scale is that of its worse side and never below 1.0: enlarging adds no detail.
+        """
+        scales = self._scales()
+        mean = sum(scale * area for scale, area in scales) / sum(area for _, area in scales)
+        best, worst = self.scale_range
+        return min(max(mean, best), worst)  # rounding must not leave the range
+
+    @property
+    def scale_range(self) -> tuple[float, float]:
+        """`scale` of the best and of the worst resolved part of the scene."""
+        scales = [scale for scale, _ in self._scales()]
+        return min(scales), max(scales)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         values: dict[str, Any] = _listed(dataclasses.asdict(self))
         return values | {"num_patches": self.num_patches}
+
+    def _scales(self) -> list[tuple[float, int]]:
+        """(native pixels per encoded pixel, native pixels) of each tile that represents a part of the scene."""
+        return [
+            (max(1.0, tile.height / tile.canvas[0], tile.width / tile.canvas[1]), tile.height * tile.width)
+            for tile in self.tiles[1:] or self.tiles
+        ]
 
     def _shown(self, tile: Tile, axis: int, offset: int, length: int, scene_side: int) -> tuple[float, float]:
         """Start and stop of a tile along one axis as shares of the scene, cut at the scene's rim."""
@@ -210,7 +230,7 @@ def _plan_anyres(height: int, width: int, config: RsvlmConfig) -> TilePlan:
 def _plan_dris(
     height: int, width: int, config: RsvlmConfig, complexity: ComplexityMap | None, relevance: NDArray[Any] | None
 ) -> TilePlan:
-    """Best-first quadtree, MODEL section 1. The order of splits does not depend on the budget, so a larger one refines."""
+    """Best-first quadtree. The order of splits does not depend on the budget, so a larger one refines."""
     dris, patch = config.dris, config.vision.patch_size
     complexity = None if complexity is None else complexity.scaled_to(height, width)
     per_token = _patches_per_token(config)

@@ -84,7 +84,8 @@ def area_average(
     """Mean of the valid values whose centres lie under each output pixel (Pillow's BOX filter).
 
     Args:
-        values: [h, w, C], any real dtype. Means are computed in float32 and rounded back to an integer dtype.
+        values: [h, w, C], any real dtype. Means are rounded back to an integer dtype. They are computed in float32; where that
+            cannot hold the dtype (integers of 4 bytes or more, float64), in float32 over the band's own range.
         valid: bool [h, w, C].
         out_height, out_width: output shape in pixels.
         row_span: first and last row to average over, may lie between rows; default 0..h.
@@ -98,16 +99,57 @@ def area_average(
     size, box = (out_width, out_height), (0.0, top, float(values.shape[1]), bottom)
     out = np.zeros((out_height, out_width, values.shape[2]), dtype=values.dtype)
     out_valid = np.ones(out.shape, dtype=np.bool_)
+    wide = values.dtype.itemsize > (4 if values.dtype.kind == "f" else 2)
     for band in range(values.shape[2]):
-        if valid[..., band].all():
-            mean = _mean(values[..., band], size, box)
+        channel, usable = values[..., band], valid[..., band]
+        low, high = _range(channel, usable) if wide else (0.0, 0.0)
+        if wide:
+            channel = _to_unit(channel, low, high)
+        mean: NDArray[Any]
+        if usable.all():
+            mean = _mean(channel, size, box)
         else:
-            share = _mean(valid[..., band], size, box)
+            share = _mean(usable, size, box)
             out_valid[..., band] = share > 1e-6  # float32 noise of the filter is near 1e-8
-            total = _mean(np.where(valid[..., band], values[..., band], 0), size, box)
+            total = _mean(np.where(usable, channel, 0), size, box)
             mean = np.divide(total, share, out=np.zeros_like(total), where=out_valid[..., band])
-        out[..., band] = np.rint(mean) if values.dtype.kind in "iub" else mean
+        if wide:
+            mean = np.where(out_valid[..., band], _from_unit(mean, low, high), 0.0)
+        out[..., band] = _rounded(mean, values.dtype) if values.dtype.kind in "iub" else mean
     return out, out_valid
+
+
+def _range(channel: NDArray[Any], usable: NDArray[np.bool_]) -> tuple[float, float]:
+    """Smallest and largest valid value; (0, 0) where nothing is valid."""
+    valid = channel[usable]
+    return (float(valid.min()), float(valid.max())) if valid.size else (0.0, 0.0)
+
+
+def _to_unit(channel: NDArray[Any], low: float, high: float) -> NDArray[np.float64]:
+    """low..high -> 0..1. Halves, because the whole width of float64's range is no float64."""
+    half = (high / 2 - low / 2) or 1.0
+    with np.errstate(over="ignore", invalid="ignore"):  # values that are not valid may lie anywhere
+        unit: NDArray[np.float64] = (channel.astype(np.float64) / 2 - low / 2) / half
+    return unit
+
+
+def _from_unit(mean: NDArray[Any], low: float, high: float) -> NDArray[np.float64]:
+    """The way back; a mean never leaves low..high."""
+    halves = np.clip(mean.astype(np.float64) * (high / 2 - low / 2) + low / 2, low / 2, high / 2)
+    values: NDArray[np.float64] = halves * 2
+    return values
+
+
+def _rounded(mean: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Nearest integers inside the range of `dtype`; a cast from beyond it would wrap around."""
+    if dtype.kind == "b":
+        return np.asarray(np.rint(mean))
+    limits = np.iinfo(dtype)
+    highest = float(limits.max)
+    if int(highest) > limits.max:  # 2^63 - 1 is no float64, and 2^63 is no int64
+        highest = float(np.nextafter(highest, 0.0))
+    rounded: NDArray[Any] = np.clip(np.rint(mean), float(limits.min), highest)
+    return rounded
 
 
 def _map_linear(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:

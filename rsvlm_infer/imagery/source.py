@@ -12,7 +12,8 @@ import re
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +43,7 @@ _RASTER_MAGIC = {  # first bytes -> GDAL driver
     b"\0\0\0\x0cjP  ": "JP2OpenJPEG",
     b"\xff\x4f\xff\x51": "JP2OpenJPEG",
 }
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")  # JPEG opens MPO too; all that Pillow knows would run Ghostscript
 _GEO_TAGS = (33550, 33922, 34264, 34735)
 
 
@@ -58,6 +60,7 @@ class Scene(ABC):
         transform: affine (a, b, c, d, e, f) from (column, row) to crs coordinates, or None.
         bounds: (left, bottom, right, top) in crs units, or None.
         in_memory: a native read costs no decoding.
+        all_valid: known without reading: there is no mask, no nodata and no NaN.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Scene(ABC):
     transform: tuple[float, float, float, float, float, float] | None = None
     bounds: tuple[float, float, float, float] | None = None
     in_memory: bool = False
+    all_valid: bool = False
     _stretch_choice: StretchChoice = "auto"
     _display_ready: bool = False  # "auto" shows the values as they are
 
@@ -207,6 +211,7 @@ class ArrayScene(Scene):
         consecutive = chosen == tuple(range(first + 1, first + 1 + len(chosen)))
         self._pixels = pixels[..., first : first + len(chosen)] if consecutive else pixels[..., [band - 1 for band in chosen]]
         self._mask = mask
+        self.all_valid = mask is None and pixels.dtype.kind != "f"
         photo = pixels.dtype == np.uint8 and self.count <= 4
         self._display_ready = photo if display_ready is None else display_ready and pixels.dtype == np.uint8
         self._stretch_choice = check_stretch(stretch, self.dtype, name)
@@ -247,6 +252,23 @@ def open_scene(
         ImageReadError: missing, damaged, unsupported or too large.
         MissingDependencyError: a TIFF that only rasterio can read.
     """
+    with within_memory(str(source) if isinstance(source, (str, Path)) else "image"):
+        return _open(source, bands, stretch, max_pixels)
+
+
+@contextmanager
+def within_memory(name: str) -> Iterator[None]:
+    """Running out of memory over one image becomes its ImageReadError, so that the other images of a run still get theirs."""
+    try:
+        yield
+    except MemoryError:
+        raise ImageReadError(
+            f"{name} needs more memory than is free; lower max_pixels to refuse images of this size, choose one band with "
+            "bands=(1,), or save it as a tiled GeoTIFF, which is read by windows"
+        ) from None
+
+
+def _open(source: object, bands: Sequence[int] | None, stretch: StretchChoice, max_pixels: int) -> Scene:
     if isinstance(source, np.ndarray):
         return _from_array(source, bands, stretch)
     if isinstance(source, Image.Image):
@@ -309,9 +331,13 @@ def _checked_path(source: str | Path) -> Path:
     if _ADDRESS.match(text):
         raise ImageReadError(f"source must be a local file, got the address {text!r}; download it and pass the file's path")
     path = Path(source)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise ImageReadError(f"{path} cannot be opened ({error.strerror}); check the path and its permissions") from None
+    if is_folder:
         raise ImageReadError(f"{path} is a folder, expected an image file; pass one of the files in it")
-    if not path.is_file():
+    if not is_file:
         raise ImageReadError(f"{path} does not exist; check the path")
     return path
 
@@ -356,7 +382,9 @@ def _pillow_open(source: Path | bytes, name: str, max_pixels: int) -> Image.Imag
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            image = Image.open(stream)
+            image = Image.open(stream, formats=_FORMATS)
+        except MemoryError:
+            raise
         except Exception as error:
             raise _unreadable(name, error) from None
         finally:
@@ -421,7 +449,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _unreadable(name: str, error: Exception) -> ImageReadError:
     if isinstance(error, UnidentifiedImageError):
-        reason = "not an image format that Pillow knows"
+        reason = "not a JPEG, PNG, WebP, TIFF, GIF or BMP image"
     else:
         reason = " ".join(str(error).split()) or type(error).__name__
     return ImageReadError(f"{name} cannot be read as an image ({reason}); restore the file or convert it to PNG or GeoTIFF")

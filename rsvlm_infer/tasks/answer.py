@@ -13,7 +13,7 @@ from .text_stream import TextStream
 
 @dataclass
 class AnswerDraft:
-    """One answer while its tokens arrive. `waited_ms` is the batch's time before the prefill."""
+    """One answer while its tokens arrive. `waited_ms` is the batch's time before the engine, then also the queue in it."""
 
     prepared: PreparedScene
     features: ImageFeatures
@@ -26,6 +26,8 @@ class AnswerDraft:
 
     def record(self, event: TokenEvent) -> None:
         """Adds one engine event of this request; the text itself came through the request's `on_token`."""
+        if not self.step_ms:
+            self.waited_ms += event.queue_ms  # a batch larger than the engine's runs in groups, one after the other
         self.step_ms.append(event.step_ms)
         self.finish_reason = event.finish_reason
         if event.finish_reason != "stop_id":

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import RsvlmConfig
+from ..engine.checks import check_text
 from ..errors import InputError
 from .result import Classification
 from .retrieve import softmax_scores
@@ -40,8 +41,9 @@ def label_prompts(labels: Sequence[str], template: str) -> list[str]:
     """One text per label.
 
     Raises:
-        InputError: a template without the field {label}.
+        InputError: a template that is no text, or without the field {label}.
     """
+    check_text("template", template)
     if "{label}" not in template:
         raise InputError(f"template must contain {{label}}, got {template!r}; write for example {LABEL_TEMPLATE!r}")
     return [template.replace("{label}", label.strip()) for label in labels]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ..backends.base import ImageFeatures
 from ..config import RsvlmConfig
+from ..engine.checks import check_text, check_texts
 from ..engine.request import Request, check_sampling
 from ..errors import InputError
 from ..text.chat import encode_prompt
@@ -22,7 +23,7 @@ class GenerationSettings:
     """How to continue a prompt; temperature 0 is greedy, `seed` fixes the draws otherwise, `stop` strings end the text.
 
     Raises:
-        InputError: any value out of its range.
+        InputError: any value of the wrong type or out of its range.
     """
 
     max_new_tokens: int = 64
@@ -33,6 +34,7 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         check_sampling(self.max_new_tokens, self.temperature, self.top_p, self.seed)
+        object.__setattr__(self, "stop", tuple(check_texts("stop", [self.stop] if isinstance(self.stop, str) else self.stop)))
         if not all(self.stops):
             raise InputError(f"stop strings must not be empty, got {list(self.stops)}; remove the empty one")
 
@@ -46,8 +48,9 @@ def prompt_ids(tokenizer: Tokenizer, config: RsvlmConfig, prompt: str, num_image
     """The checkpoint's chat form of one question about one image, int32 [n].
 
     Raises:
-        InputError: a blank prompt where the template needs one.
+        InputError: a prompt that is no text, or a blank one where the template needs one.
     """
+    check_text("prompt", prompt)
     if config.chat_template != "plain" and not prompt.strip():
         raise InputError("prompt must hold a question, got only blanks; pass a question, or leave it out for the default")
     return encode_prompt(tokenizer, config.chat_template, prompt, num_image_tokens, config.image_token_id, config.bos_token_id)
@@ -84,19 +87,22 @@ def choice_ids(tokenizer: Tokenizer, choices: Sequence[str]) -> tuple[tuple[int,
     Raises:
         InputError: fewer than two choices, a repeated or a blank one.
     """
-    check_labels(choices, "choices")
-    return tuple(tuple(tokenizer.encode(choice.strip())) for choice in choices)
+    return tuple(tuple(tokenizer.encode(choice.strip())) for choice in check_labels(choices, "choices"))
 
 
-def check_labels(labels: Sequence[str], name: str) -> None:
-    """Raises InputError unless there are at least two different, non-blank texts."""
-    if isinstance(labels, str):
-        raise InputError(f"{name} must be a list of texts, got the single text {labels!r}; pass a list")
-    texts = [label.strip() for label in labels]
+def check_labels(labels: Sequence[str], name: str) -> list[str]:
+    """The labels as a list.
+
+    Raises:
+        InputError: fewer than two texts, a repeated or a blank one.
+    """
+    given = check_texts(name, labels)
+    texts = [label.strip() for label in given]
     if len(texts) < 2:
         raise InputError(f"{name} must hold at least two texts, got {texts}; add another")
     if not all(texts):
-        raise InputError(f"{name} must not be blank, got {list(labels)}; remove the blank one")
+        raise InputError(f"{name} must not be blank, got {given}; remove the blank one")
     repeated = sorted({text for text in texts if texts.count(text) > 1})
     if repeated:
         raise InputError(f"{name} must differ, got {repeated} more than once; remove the repeated ones")
+    return given

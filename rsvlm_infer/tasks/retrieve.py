@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..backends.base import Embeddings
 from ..config import LEVELS, AlignmentConfig, RsvlmConfig
+from ..engine.checks import check_text
 from ..errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ def text_ids(tokenizer: Tokenizer, config: RsvlmConfig, text: str) -> npt.NDArra
     CLIP's begin and end tokens are added for a text encoder, nothing for the language model.
 
     Raises:
-        InputError: a blank text, or one longer than the text model reads.
+        InputError: no text, a blank one, or one longer than the text model reads.
     """
+    check_text("text", text)
     alignment = require_alignment(config)
     from_encoder = alignment.text_source == "text_encoder"
     reader = config.text_encoder if from_encoder else config.language

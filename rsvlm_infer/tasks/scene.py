@@ -12,15 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import RsvlmConfig, Tiling
-from ..errors import InputError
+from ..engine.checks import check_integer, check_integers
+from ..errors import ImageReadError, InputError
 from ..imagery.complexity import ComplexityMap
 from ..imagery.pack import PackedScene, pack_scene
 from ..imagery.plan import TilePlan, count_tokens, plan_scene
-from ..imagery.source import DEFAULT_MAX_PIXELS, Scene, open_scene
+from ..imagery.source import DEFAULT_MAX_PIXELS, Scene, open_scene, within_memory
 from .retrieve import relevance_map
 
 COARSE_DEPTH = 2  # a coarse pass of at most 4 x 4 leaves tells where a query points, at a small share of the cost
 SCALED_DOWN = 1.01  # native pixels per encoded pixel from which a scene counts as scaled down; below it is rounding
+
+BUDGETS = ("max_tiles", "max_visual_tokens")
 
 RegionScores = Callable[[PackedScene], npt.NDArray[np.float32]]
 
@@ -43,12 +46,15 @@ class SceneSettings:
 
     def __post_init__(self) -> None:
         if self.bands is not None:
-            object.__setattr__(self, "bands", tuple(self.bands))
+            object.__setattr__(self, "bands", check_integers("bands", self.bands, "bands=(3, 2, 1)"))
         if self.tiling not in (None, "fixed", "anyres", "dris"):
             raise InputError(f'tiling must be "fixed", "anyres" or "dris", got {self.tiling!r}; choose one of them')
         for name in ("max_pixels", "max_tiles", "max_visual_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None:
+                continue
+            check_integer(name, value)
+            if value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}; raise it")
 
     def apply(self, config: RsvlmConfig) -> RsvlmConfig:
@@ -62,14 +68,18 @@ class SceneSettings:
                 f'tiling "anyres" needs a LLaVA-NeXT checkpoint with grid_pinpoints, this one is made for "{config.tiling}"; '
                 'use "fixed" or "dris"'
             )
-        budgets = {name: getattr(self, name) for name in ("max_tiles", "max_visual_tokens")}
+        budgets = {name: getattr(self, name) for name in BUDGETS}
         dris = dataclasses.replace(config.dris, **{name: value for name, value in budgets.items() if value is not None})
         return dataclasses.replace(config, tiling=self.tiling or config.tiling, dris=dris)
 
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """What DRIS decided about one image, what that loses, and what it took."""
+    """What DRIS decided about one image, what that loses, and what it took.
+
+    gsd_native_m, gsd_effective_m: ground metres per native pixel and per encoded pixel, the latter the mean over the scene
+    (`TilePlan.scale`); None when the source does not say.
+    """
 
     source: str
     plan: TilePlan
@@ -111,13 +121,12 @@ def plan_image(source: Any, config: RsvlmConfig, settings: SceneSettings) -> Sce
     """Plans one image without encoding it; needs no weights.
 
     Raises:
-        ImageReadError: the image cannot be read. InputError: settings that do not fit the checkpoint.
+        ImageReadError: the image cannot be read or has no valid pixel. InputError: settings that do not fit the checkpoint.
     """
-    config = settings.apply(config)
+    planned = settings.apply(config)
     started = time.perf_counter()
     with _open(source, settings) as scene:
-        planner = _Planner(scene, config, settings)
-        return planner.report(source_name(source), started)
+        return _Planner(scene, planned, config, settings).report(source_name(source), started)
 
 
 def prepare_scene(
@@ -129,14 +138,14 @@ def prepare_scene(
     planned twice, and the second plan refines where the query points.
 
     Raises:
-        ImageReadError: the image cannot be read. InputError: settings that do not fit the checkpoint.
+        ImageReadError: the image cannot be read or has no valid pixel. InputError: settings that do not fit the checkpoint.
     """
-    config = settings.apply(config)
+    planned = settings.apply(config)
     started = time.perf_counter()
     with _open(source, settings) as scene:
-        report = _Planner(scene, config, settings, region_scores).report(source_name(source), started)
+        report = _Planner(scene, planned, config, settings, region_scores).report(source_name(source), started)
         packing = time.perf_counter()
-        packed = pack_scene(scene, report.plan, config)
+        packed = _pack(scene, report.plan, planned)
         preprocess_ms = (time.perf_counter() - packing) * 1e3
     values = {item.name: getattr(report, item.name) for item in dataclasses.fields(report)}
     return PreparedScene(**values, packed=packed, preprocess_ms=preprocess_ms)
@@ -146,24 +155,42 @@ def _open(source: Any, settings: SceneSettings) -> Scene:
     return open_scene(source, bands=settings.bands, max_pixels=settings.max_pixels or DEFAULT_MAX_PIXELS)
 
 
+def _pack(scene: Scene, plan: TilePlan, config: RsvlmConfig) -> PackedScene:
+    with within_memory(scene.name):
+        return pack_scene(scene, plan, config)
+
+
 class _Planner:
     """The planning of one open scene; the overview is read once, also for a query-aware second plan."""
 
     def __init__(
-        self, scene: Scene, config: RsvlmConfig, settings: SceneSettings, region_scores: RegionScores | None = None
+        self,
+        scene: Scene,
+        config: RsvlmConfig,
+        checkpoint: RsvlmConfig,
+        settings: SceneSettings,
+        region_scores: RegionScores | None = None,
     ) -> None:
+        """config: the checkpoint's with `settings` applied."""
         self.scene = scene
         self.config = config
+        self.checkpoint = checkpoint
         self.settings = settings
         self.region_scores = region_scores
 
     def report(self, source: str, started: float) -> ScenePlan:
         scene, config = self.scene, self.config
-        overview = scene.overview() if config.tiling == "dris" else None
+        overview = None
+        if config.tiling == "dris" or not scene.all_valid:
+            with within_memory(scene.name):
+                overview = scene.overview()
+        warnings = () if overview is None else validity_warnings(scene.name, overview[1], config.dris.min_valid_fraction)
         read_ms = (time.perf_counter() - started) * 1e3
 
         started = time.perf_counter()
-        complexity = None if overview is None else ComplexityMap(*overview, config=config.dris)
+        complexity = None
+        if overview is not None and config.tiling == "dris":
+            complexity = ComplexityMap(*overview, config=config.dris)
         relevance = None if complexity is None or self.region_scores is None else self._relevance(complexity)
         plan = plan_scene(scene.height, scene.width, config, complexity=complexity, relevance=relevance)
         num_tokens = count_tokens(plan, config)
@@ -175,12 +202,11 @@ class _Planner:
                 f'max_visual_tokens must be at least {num_tokens} with tiling "{config.tiling}", got {limit}; raise it or use '
                 'tiling "dris"'
             )
-        scale = plan.scale
         native = scene.gsd_native_m
-        effective = None if native is None else native * scale
-        return ScenePlan(
-            source, plan, num_tokens, read_ms, plan_ms, native, effective, scale_warnings(scale, native, config.tiling)
-        )
+        effective = None if native is None else native * plan.scale
+        warnings += budget_warnings(self.settings, self.checkpoint)
+        warnings += scale_warnings(plan, native, self.checkpoint)
+        return ScenePlan(source, plan, num_tokens, read_ms, plan_ms, native, effective, warnings)
 
     def _relevance(self, complexity: ComplexityMap) -> npt.NDArray[np.float32] | None:
         """A coarse pass, or None when it does not divide the scene."""
@@ -190,18 +216,69 @@ class _Planner:
         plan = plan_scene(scene.height, scene.width, config, complexity=complexity)
         if len(plan.tiles) < 3 or self.region_scores is None:
             return None
-        packed = pack_scene(scene, plan, config)
+        packed = _pack(scene, plan, config)
         return relevance_map(packed.boxes, self.region_scores(packed), scene.height, scene.width)
 
 
-def scale_warnings(scale: float, gsd_native_m: float | None, tiling: Tiling) -> tuple[str, ...]:
-    """Says so when even the finest tile lost native detail."""
-    if scale <= SCALED_DOWN:
+def validity_warnings(name: str, mask: npt.NDArray[np.bool_], min_valid_fraction: float) -> tuple[str, ...]:
+    """Says so when little of the scene can be seen.
+
+    mask: bool [h, w] of the scene's overview, True where any valid pixel lies below.
+
+    Raises:
+        ImageReadError: nothing is valid, so that any sentence about the scene would be made up.
+    """
+    share = float(mask.mean())
+    if share == 0.0:
+        raise ImageReadError(
+            f"{name} has no valid pixel: all are nodata, transparent or not finite; check its nodata value and mask, or pass "
+            "another scene"
+        )
+    if share >= min_valid_fraction:
         return ()
-    advice = "raise max_tiles and max_visual_tokens" if tiling == "dris" else 'use tiling "dris"'
-    if gsd_native_m is None:
-        return (f"scene was scaled down {scale:.2f} times, so details smaller than that are lost; {advice} to keep more",)
     return (
-        f"scene was scaled down: effective ground sampling distance {gsd_native_m * scale:.3g} m is coarser than the native "
-        f"{gsd_native_m:.3g} m; {advice} to keep more",
+        f"only {share:.2g} of the scene's area is valid, less than the checkpoint's min_valid_fraction {min_valid_fraction:g}, so "
+        "the result may have little to do with it; check its nodata value, or crop the scene to its valid part",
     )
+
+
+def budget_warnings(settings: SceneSettings, checkpoint: RsvlmConfig) -> tuple[str, ...]:
+    """Says so when a dris plan may grow beyond what the checkpoint was made for."""
+    own = checkpoint.dris
+    asked = {name: getattr(settings, name) for name in BUDGETS}
+    beyond = [f"{name}={value}" for name, value in asked.items() if value is not None and value > getattr(own, name)]
+    if not beyond or (settings.tiling or checkpoint.tiling) != "dris":
+        return ()
+    return (
+        f"{' and '.join(beyond)} asked for, but the checkpoint was made for at most {own.max_visual_tokens} visual tokens in "
+        f"{own.max_tiles} tiles, so the text may degrade; lower the budget, or crop the scene to keep more detail",
+    )
+
+
+def scale_warnings(plan: TilePlan, gsd_native_m: float | None, checkpoint: RsvlmConfig) -> tuple[str, ...]:
+    """Says so when any part of the scene lost native detail, how much at best, at worst and on average, and what helps."""
+    best, worst = plan.scale_range
+    if worst <= SCALED_DOWN:
+        return ()
+    if gsd_native_m is None:
+        times = f"{worst:.2f} times"
+        if best < worst:
+            times = f"{best:.2f} to {worst:.2f} times in the tiles ({plan.scale:.2f} on average over the scene)"
+        return (f"scene was scaled down {times}, so details smaller than that are lost; {_advice(plan, checkpoint)}",)
+    distance = f"{gsd_native_m * worst:.3g} m"
+    if best < worst:
+        distance = f"{gsd_native_m * best:.3g} to {distance} in the tiles ({gsd_native_m * plan.scale:.3g} m on average over the scene)"
+    return (
+        f"scene was scaled down: ground sampling distance {distance}, native {gsd_native_m:.3g} m; {_advice(plan, checkpoint)}",
+    )
+
+
+def _advice(plan: TilePlan, checkpoint: RsvlmConfig) -> str:
+    """The next step to more detail that stays within what the checkpoint was made for."""
+    if plan.tiling != "dris":
+        return 'use tiling "dris" to keep more'
+    own = {name: int(getattr(checkpoint.dris, name)) for name in BUDGETS}
+    lowered = [name for name, limit in own.items() if int(plan.budget[name]) < limit]
+    if plan.budget["stopped"] in lowered:
+        return f"raise {' and '.join(f'{name} (up to {own[name]})' for name in lowered)} to keep more"
+    return "crop the scene, or ask about a part of it, to keep more"

@@ -54,6 +54,43 @@ def test_more_requests_than_a_batch_run_one_batch_after_the_other() -> None:
     assert backend.prefills == [2, 1]
 
 
+class Clock:
+    """A monotonic clock that moves only when told, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_later_group_says_how_long_it_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill takes 2 s and a decode step 1 s: [6 7 0] and [7 0] end after 2 + 1 + 1 s, and only then the third one starts."""
+    clock, backend = Clock(), FakeBackend()
+    monkeypatch.setattr("time.perf_counter", clock)
+    prefill, decode = backend.prefill, backend.decode
+
+    def slow_prefill(*arguments: Any) -> Any:
+        clock.now += 2
+        return prefill(*arguments)
+
+    def slow_decode(*arguments: Any) -> Any:
+        clock.now += 1
+        return decode(*arguments)
+
+    monkeypatch.setattr(backend, "prefill", slow_prefill)
+    monkeypatch.setattr(backend, "decode", slow_decode)
+    events = list(Engine(backend, max_batch=2).generate([request(5), request(6), request(7)]))
+    assert [(event.request_index, event.queue_ms, event.step_ms) for event in events] == [
+        (0, 0.0, 2000.0),
+        (1, 0.0, 2000.0),
+        (0, 0.0, 1000.0),
+        (1, 0.0, 1000.0),
+        (0, 0.0, 1000.0),
+        (2, 4000.0, 2000.0),
+    ]
+
+
 def test_no_requests_is_no_work() -> None:
     backend = FakeBackend()
     assert list(Engine(backend).generate([])) == []
@@ -179,6 +216,11 @@ def test_score_choices_refuses_ids_out_of_the_vocabulary() -> None:
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"seed": -1}, "seed must be at least 0"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens must be a whole number, got 2.5 \(float\); pass an int"),
+        ({"max_new_tokens": True}, r"max_new_tokens must be a whole number, got True \(bool\)"),
+        ({"temperature": "0"}, r"temperature must be a number, got '0' \(str\); pass a float"),
+        ({"top_p": None}, r"top_p must be a number, got None \(NoneType\)"),
+        ({"seed": 1.0}, "seed must be a whole number, got 1.0"),
         ({"allowed": ()}, "choices must hold at least one"),
         ({"allowed": ((1,), ())}, "choice 1 must hold at least one token"),
         ({"allowed": ((1, 2), (1, 2))}, "choice 1 twice"),
@@ -201,6 +243,8 @@ def test_an_empty_prompt_and_a_matrix_are_refused() -> None:
 def test_max_batch_is_checked() -> None:
     with pytest.raises(InputError, match="max_batch must be at least 1, got 0"):
         Engine(FakeBackend(), max_batch=0)
+    with pytest.raises(InputError, match=r"max_batch must be a whole number, got 1.5 \(float\)"):
+        Engine(FakeBackend(), max_batch=1.5)  # type: ignore[arg-type]
 
 
 def test_trie_knows_when_an_end_token_is_needed() -> None:

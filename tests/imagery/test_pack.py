@@ -164,8 +164,8 @@ def test_packed_scene_carries_the_plan_and_its_numbers() -> None:
     )
     assert result.scene["name"] == "array"
     assert (result.scene["height"], result.scene["width"], result.scene["gsd_native_m"]) == (500, 800, 0.3)
-    # its leaves are 250 x 200 px on 224 x 224
-    assert result.scene["gsd_effective_m"] == pytest.approx(0.3 * 250 / 224)
+    # half the scene in four leaves of 250 x 200 px, half in one of 500 x 400 px, each on 224 x 224
+    assert result.scene["gsd_effective_m"] == pytest.approx(0.3 * (250 / 224 + 500 / 224) / 2)
     assert packed(picture(50, 50), config).scene["gsd_effective_m"] is None
 
 

@@ -148,6 +148,28 @@ def test_without_complexity_the_plan_is_the_longest_one() -> None:
         "stopped": "resolved",
     }
     assert plan.scale == 1.0
+    assert plan.scale_range == (1.0, 1.0)
+
+
+def test_scale_is_the_mean_over_the_area_of_what_represents_the_scene() -> None:
+    def tile(row: int, height: int, width: int, side: int) -> Tile:
+        return Tile(row, 0, height, width, (side // 14, side // 14), 1, 1.0, (side, side))
+
+    base = tile(0, 400, 400, 28)
+    leaves = (tile(0, 100, 400, 400), tile(100, 300, 400, 100))  # native (never below 1.0), and 4 px to one
+    plan = TilePlan(400, 400, "dris", (base, *leaves), 14)
+    assert plan.scale_range == (1.0, 4.0)
+    assert plan.scale == 0.25 * 1.0 + 0.75 * 4.0  # the base tile's 14.3 does not count beside leaves
+    partly = TilePlan(400, 400, "dris", (base, leaves[1]), 14, dropped=(Window(0, 0, 100, 400),))
+    assert (partly.scale, partly.scale_range) == (4.0, (4.0, 4.0))  # what was dropped does not count
+    alone = TilePlan(400, 400, "dris", (base,), 14)
+    assert (alone.scale, alone.scale_range) == (400 / 28, (400 / 28, 400 / 28))
+
+
+def test_scale_of_anyres_is_that_of_its_grid_and_of_fixed_that_of_its_tile() -> None:
+    assert plan_scene(1344, 1344, imagery_config("anyres")).scale == 2.0  # 672 x 672 in 2 x 2 tiles; the base tile has 4.0
+    assert plan_scene(672, 1344, imagery_config("fixed", fit="pad")).scale == 4.0
+    assert plan_scene(672, 1344, imagery_config("fixed", fit="crop")).scale == 2.0
 
 
 def test_long_windows_are_halved_and_others_quartered() -> None:

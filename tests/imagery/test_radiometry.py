@@ -72,6 +72,46 @@ def test_area_average_means_only_valid_values() -> None:
     assert out_valid.ravel().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int64", "uint64", "float64"])
+def test_area_average_keeps_the_extremes_of_wide_dtypes(dtype: str) -> None:
+    limits = np.iinfo(dtype) if dtype != "float64" else np.finfo(dtype)
+    low, high = limits.min, limits.max
+    values = np.array([[high, high, low, low], [high, high, low, low]], dtype=dtype)[..., None]
+    valid = np.ones(values.shape, bool)
+    mean, _ = area_average(values, valid, 1, 2)
+    assert mean.dtype == dtype
+    assert float(mean[0, 0, 0]) == pytest.approx(float(high), rel=1e-12)  # the brightest stays the brightest
+    assert float(mean[0, 1, 0]) == pytest.approx(float(low), rel=1e-12)
+    valid[0, 0] = False
+    again, out_valid = area_average(values, valid, 1, 2)
+    assert again.tolist() == mean.tolist()
+    assert out_valid.all()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int64", "uint64", "float64"])
+def test_area_average_of_wide_dtypes_resolves_small_steps_on_a_large_offset(dtype: str) -> None:
+    # float32 alone has steps of 128 here
+    values = (np.array([[0, 2, 10, 30], [4, 6, 20, 40]]) + 2_000_000_000).astype(dtype)[..., None]
+    valid = np.ones(values.shape, bool)
+    assert area_average(values, valid, 1, 2)[0].ravel().tolist() == [2_000_000_003, 2_000_000_025]
+    valid[:, 2:] = False
+    mean, out_valid = area_average(values, valid, 1, 2)
+    assert mean.ravel().tolist() == [2_000_000_003, 0]
+    assert out_valid.ravel().tolist() == [True, False]
+
+
+def test_area_average_of_values_beyond_float32() -> None:
+    values = np.array([[1e39, 3e39, np.nan, -1e39]])[..., None]
+    mean, out_valid = area_average(values, np.isfinite(values), 1, 2)
+    np.testing.assert_allclose(mean.ravel(), [2e39, -1e39], rtol=1e-6)
+    assert out_valid.all()
+
+
+def test_area_average_of_a_constant_wide_band_is_exact() -> None:
+    values = np.full((4, 4, 1), 2**31 - 1, np.int32)
+    assert area_average(values, np.ones(values.shape, bool), 2, 2)[0].ravel().tolist() == [2**31 - 1] * 4
+
+
 def test_area_average_of_a_row_span_equals_that_part_of_the_whole() -> None:
     values = np.random.default_rng(1).normal(size=(97, 41, 3)).astype(np.float32)
     valid = values > -1.0

@@ -42,7 +42,7 @@ READABLE: dict[str, tuple[tuple[int, int], tuple[int, ...], float | None, float]
     "umbra_mount_yasur.tiff": ((2000, 2000), (1,), 0.5942, 1.0),
 }
 DAMAGED = {
-    "corrupt.TIF": "not an image format that Pillow knows",  # 18 bytes
+    "corrupt.TIF": "not a JPEG, PNG, WebP, TIFF, GIF or BMP image",  # 18 bytes
     "corrupt.tif": "IReadBlock failed",
     "invalid.tif": r"is empty \(0 bytes\)",
     "slc.tif": r"complex values \(complex_int16\)",

@@ -243,12 +243,81 @@ def test_what_is_no_image_says_so(tmp_path: Path) -> None:
         (tmp_path / "none.png", "does not exist"),
         (tmp_path, "is a folder"),
         (tmp_path / "empty.png", r"is empty \(0 bytes\)"),
-        (tmp_path / "text.jpg", "not an image format that Pillow knows"),
+        (tmp_path / "text.jpg", "not a JPEG, PNG, WebP, TIFF, GIF or BMP image"),
     ):
         with pytest.raises(ImageReadError, match=message):
             open_scene(path)
     with pytest.raises(ImageReadError, match=r"is empty \(0 bytes\)"):
         open_scene(b"")
+
+
+def test_postscript_never_reaches_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(Image.fromarray(RGB), "EPS")
+    path = tmp_path / "renamed.png"
+    path.write_bytes(content)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    for source, name in ((path, str(path)), (content, "bytes")):
+        with pytest.raises(ImageReadError) as caught:
+            open_scene(source)
+        assert str(caught.value) == (
+            f"{name} cannot be read as an image (not a JPEG, PNG, WebP, TIFF, GIF or BMP image); restore the file or convert it "
+            "to PNG or GeoTIFF"
+        )
+
+
+@pytest.mark.parametrize("kind", ["PPM", "TGA", "ICO", "PCX", "SGI"])
+def test_other_formats_are_refused(kind: str) -> None:
+    with pytest.raises(ImageReadError, match="not a JPEG, PNG, WebP, TIFF, GIF or BMP image"):
+        open_scene(encoded(Image.fromarray(RGB), kind))
+
+
+def test_of_several_frames_the_first_is_read() -> None:
+    first, second = Image.fromarray(RGB), Image.new("RGB", (53, 37), "blue")
+    for kind in ("MPO", "GIF"):
+        content = encoded(first, kind, save_all=True, append_images=[second])
+        with Image.open(io.BytesIO(content)) as image:
+            assert (image.format, image.n_frames) == (kind, 2)  # type: ignore[attr-defined]
+            expected = np.asarray(image.convert("RGB"))
+        assert (read_all(content)[0] == expected).all()
+
+
+def test_a_path_that_the_system_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("a" * 300 + ".png")
+    with pytest.raises(ImageReadError, match=r"/a{300}\.png cannot be opened \(File name too long\); check the path"):
+        open_scene(long)
+
+    def refuse(*_: Any, **__: Any) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(
+        ImageReadError, match=r"b\.png cannot be opened \(Permission denied\); check the path and its permissions"
+    ):
+        open_scene(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("step", ["PIL.Image.open", "rsvlm_infer.imagery.source._decode"])
+def test_running_out_of_memory_is_an_error_of_that_image(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "scene.png"
+    Image.fromarray(RGB).save(path)
+
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(step, exhausted)
+    with pytest.raises(ImageReadError) as caught:
+        open_scene(path)
+    assert str(caught.value) == (
+        f"{path} needs more memory than is free; lower max_pixels to refuse images of this size, choose one band with "
+        "bands=(1,), or save it as a tiled GeoTIFF, which is read by windows"
+    )
+
+
+def test_scenes_know_when_nothing_can_be_invalid() -> None:
+    assert open_scene(RGB).all_valid
+    assert open_scene(encoded(Image.fromarray(RGB))).all_valid
+    assert not open_scene(encoded(Image.fromarray(RGB).convert("RGBA"))).all_valid
+    assert not open_scene(RGB.astype(np.float32)).all_valid
 
 
 @pytest.mark.parametrize(

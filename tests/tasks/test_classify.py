@@ -18,6 +18,8 @@ def test_prompts_fill_the_template() -> None:
     )
     with pytest.raises(InputError, match=r"template must contain \{label\}, got 'a photo'"):
         label_prompts(["sea"], "a photo")
+    with pytest.raises(InputError, match=r"template must be a text, got None \(NoneType\)"):
+        label_prompts(["sea"], None)  # type: ignore[arg-type]
 
 
 def test_auto_prefers_alignment() -> None:
@@ -51,6 +53,8 @@ def test_classification_ranks_and_keeps_ties_in_order() -> None:
         ([], "at least two texts"),
         (["sea", " "], "must not be blank"),
         (["sea", "forest", " sea "], r"must differ, got \['sea'\]"),
+        (["sea", 3], r"labels\[1\] must be a text, got 3 \(int\)"),
+        (None, r"must be a list of texts, got None \(NoneType\)"),
     ],
 )
 def test_labels_are_checked(labels: list[str], message: str) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from rsvlm_infer.errors import ConfigError, ImageReadError, InputError
 from rsvlm_infer.imagery.pack import PackedScene
+from rsvlm_infer.imagery.plan import Tile, TilePlan
 from rsvlm_infer.tasks.scene import SceneSettings, plan_image, prepare_scene, scale_warnings, source_name
 from tests.tasks.telling_model import picture, telling_config
 
@@ -85,30 +86,140 @@ def test_max_pixels_and_bands_reach_the_reader(tmp_path: Path) -> None:
     np.testing.assert_allclose(colours, (np.array([10, 10, 200]) / 255 - 0.5) / 0.5, atol=1e-5)
 
 
-def test_scale_warnings_name_both_distances() -> None:
-    assert scale_warnings(1.0, 10.0, "fixed") == ()
-    assert scale_warnings(1.009, None, "fixed") == ()
-    (text,) = scale_warnings(2.5, 10.0, "dris")
-    assert text == (
-        "scene was scaled down: effective ground sampling distance 25 m is coarser than the native 10 m; raise max_tiles and "
-        "max_visual_tokens to keep more"
+def dris_plan(*scales: float, stopped: str = "max_tiles", **limits: int) -> TilePlan:
+    """Leaves of 100 x 100 px side by side, each at one of `scales`."""
+    base = Tile(0, 0, 100, 100 * len(scales), (2, 2), 0, 1.0, (28, 28))
+    leaves = [Tile(0, 100 * index, 100, 100, (2, 2), 1, 1.0, (round(100 / scale),) * 2) for index, scale in enumerate(scales)]
+    own = telling_config().dris
+    budget: dict[str, int | str] = {"max_tiles": own.max_tiles, "max_visual_tokens": own.max_visual_tokens, "stopped": stopped}
+    return TilePlan(100, 100 * len(scales), "dris", (base, *leaves), 14, budget=budget | limits)
+
+
+def test_scale_warnings_name_best_worst_and_mean() -> None:
+    config = telling_config(tiling="dris")
+    assert scale_warnings(dris_plan(1.0, 1.0), 10.0, config) == ()
+    advice = "crop the scene, or ask about a part of it, to keep more"
+    assert scale_warnings(dris_plan(1.0, 4.0, 4.0, 1.0), 10.0, config) == (
+        "scene was scaled down: ground sampling distance 10 to 40 m in the tiles (25 m on average over the scene), native 10 m; "
+        + advice,
+    )  # one native leaf does not silence it
+    assert scale_warnings(dris_plan(2.0, 2.0), 10.0, config) == (
+        f"scene was scaled down: ground sampling distance 20 m, native 10 m; {advice}",
     )
+    assert scale_warnings(dris_plan(1.0, 4.0), None, config) == (
+        "scene was scaled down 1.00 to 4.00 times in the tiles (2.50 on average over the scene), so details smaller than that are "
+        f"lost; {advice}",
+    )
+    rounding = Tile(0, 0, 1009, 1009, (2, 2), 0, 1.0, (1000, 1000))
+    assert scale_warnings(TilePlan(1009, 1009, "fixed", (rounding,), 14), None, config) == ()
 
 
-def test_ground_sampling_distance_follows_the_finest_tile(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("plan", "advice"),
+    [
+        (dris_plan(2.0, max_tiles=4), "raise max_tiles (up to 16) to keep more"),
+        (
+            dris_plan(2.0, max_tiles=4, max_visual_tokens=30),
+            "raise max_tiles (up to 16) and max_visual_tokens (up to 128) to keep more",
+        ),
+        # at the checkpoint's own budget, beyond it, and where another limit stopped the splitting
+        (dris_plan(2.0), "crop the scene, or ask about a part of it, to keep more"),
+        (dris_plan(2.0, max_tiles=99), "crop the scene, or ask about a part of it, to keep more"),
+        (dris_plan(2.0, max_visual_tokens=30), "crop the scene, or ask about a part of it, to keep more"),
+        (dris_plan(2.0, stopped="min_gain", max_tiles=4), "crop the scene, or ask about a part of it, to keep more"),
+    ],
+)
+def test_advice_stays_within_the_budget_of_the_checkpoint(plan: TilePlan, advice: str) -> None:
+    (text,) = scale_warnings(plan, 10.0, telling_config(tiling="dris"))
+    assert text.endswith(f"native 10 m; {advice}")
+
+
+def test_a_budget_beyond_the_checkpoint_is_warned_about() -> None:
+    def warnings(tiling: Any = "dris", **budget: int) -> tuple[str, ...]:
+        return plan_image(noisy(28, 28), telling_config(), SceneSettings(tiling=tiling, **budget)).warnings
+
+    made_for = "asked for, but the checkpoint was made for at most 128 visual tokens in 16 tiles, so the text may degrade; "
+    assert warnings(max_visual_tokens=128, max_tiles=16) == ()
+    (text,) = warnings(max_visual_tokens=129)
+    assert text == f"max_visual_tokens=129 {made_for}lower the budget, or crop the scene to keep more detail"
+    assert warnings(max_tiles=17)[0].startswith(f"max_tiles=17 {made_for}")
+    assert warnings(max_tiles=17, max_visual_tokens=500)[0].startswith(f"max_tiles=17 and max_visual_tokens=500 {made_for}")
+    assert warnings("fixed", max_visual_tokens=129) == ()  # one tile whatever the budget
+
+
+def test_a_lowered_budget_is_advised_against_end_to_end() -> None:
+    image = noisy(448, 448)
+    config = telling_config(tiling="dris")
+    (lowered,) = plan_image(image, config, SceneSettings(max_tiles=4)).warnings
+    assert lowered.endswith("raise max_tiles (up to 16) to keep more")
+    (own,) = plan_image(image, config, SceneSettings()).warnings
+    assert own.endswith("crop the scene, or ask about a part of it, to keep more")
+
+
+def test_ground_sampling_distance_is_the_mean_over_the_scene(tmp_path: Path) -> None:
     rasterio = pytest.importorskip("rasterio", reason="needs rasterio")
     file = tmp_path / "scene.tif"
     transform = rasterio.transform.from_origin(500000, 4000000, 10, 10)
     profile = {"driver": "GTiff", "height": 112, "width": 112, "count": 3, "dtype": "uint8"}
+    pixels = noisy(112, 112)
+    pixels[:56, :56] = 9  # nothing to see: a leaf of 2 x 2 patches, 2 px to one; the others have 4 x 4
     with rasterio.open(file, "w", **profile, crs="EPSG:32633", transform=transform) as target:
-        target.write(noisy(112, 112).transpose(2, 0, 1))
+        target.write(pixels.transpose(2, 0, 1))
     report = plan_image(file, telling_config(), SceneSettings())
     assert (report.gsd_native_m, report.gsd_effective_m) == (pytest.approx(10), pytest.approx(40))
-    assert "effective ground sampling distance 40 m" in report.warnings[0]
-    fine = plan_image(file, telling_config(), SceneSettings(tiling="dris"))
-    assert fine.gsd_effective_m == pytest.approx(10)
-    assert fine.warnings == ()
+    assert report.warnings == (
+        'scene was scaled down: ground sampling distance 40 m, native 10 m; use tiling "dris" to keep more',
+    )
+    fine = prepare_scene(file, telling_config(), SceneSettings(tiling="dris"))
+    assert fine.plan.scale_range == (1.0, 2.0)
+    assert fine.gsd_effective_m == fine.packed.scene["gsd_effective_m"] == pytest.approx(12.5)
+    (text,) = fine.warnings
+    assert "distance 10 to 20 m in the tiles (12.5 m on average over the scene), native 10 m; crop the scene" in text
     assert fine.to_dict()["plan"]["num_patches"] == fine.plan.num_patches
+
+
+@pytest.mark.parametrize("tiling", ["fixed", "anyres", "dris"])
+def test_a_scene_without_a_valid_pixel_is_refused_and_one_with_few_warned_about(tiling: Any) -> None:
+    config = telling_config(tiling=tiling, grid_pinpoints=((28, 56), (56, 56)))
+    pixels = np.dstack([noisy(28, 28), np.zeros((28, 28), np.uint8)])
+    for nothing in (Image.fromarray(pixels), np.full((28, 28), np.nan)):
+        for use in (plan_image, prepare_scene):
+            with pytest.raises(ImageReadError, match=r"has no valid pixel: all are nodata.*; check its nodata value and mask"):
+                use(nothing, config, SceneSettings())
+    pixels[3, 3:10, 3] = 255  # 7 of 784: 0.9 %
+    (text,) = plan_image(Image.fromarray(pixels), config, SceneSettings()).warnings
+    assert text == (
+        "only 0.0089 of the scene's area is valid, less than the checkpoint's min_valid_fraction 0.01, so the result may have "
+        "little to do with it; check its nodata value, or crop the scene to its valid part"
+    )
+    pixels[3, 10, 3] = 255  # 8 of 784: 1.02 %
+    assert plan_image(Image.fromarray(pixels), config, SceneSettings()).warnings == ()
+
+
+def test_a_raster_of_nodata_is_refused(tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio", reason="needs rasterio")
+    profile = {"driver": "GTiff", "height": 28, "width": 28, "count": 3, "dtype": "uint8"}
+    for name, nodata in (("empty.tif", 0), ("black.tif", None)):
+        with rasterio.open(tmp_path / name, "w", **profile, nodata=nodata) as target:
+            target.write(np.zeros((3, 28, 28), np.uint8))
+    with pytest.raises(ImageReadError, match=r"empty\.tif has no valid pixel"):
+        plan_image(tmp_path / "empty.tif", telling_config(), SceneSettings())
+    assert plan_image(tmp_path / "black.tif", telling_config(), SceneSettings()).warnings == ()
+
+
+def test_a_scene_that_cannot_be_invalid_is_not_read_to_plan_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsvlm_infer.imagery.source.Scene.overview", lambda *_: pytest.fail("read for nothing"))
+    assert plan_image(picture("red"), telling_config(), SceneSettings()).num_tokens == 4
+
+
+@pytest.mark.parametrize("step", ["rsvlm_infer.imagery.source.Scene.overview", "rsvlm_infer.tasks.scene.pack_scene"])
+def test_running_out_of_memory_is_an_error_of_that_image(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(step, exhausted)
+    with pytest.raises(ImageReadError, match=r"array needs more memory than is free; lower max_pixels .*bands=\(1,\)"):
+        prepare_scene(picture("red"), telling_config(tiling="dris"), SceneSettings())
 
 
 def test_a_query_aware_plan_refines_where_the_scores_point() -> None:
