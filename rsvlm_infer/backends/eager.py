@@ -50,6 +50,8 @@ class EagerBackend:
         """From a checkpoint folder."""
         loaded = load_checkpoint(path, dtype=precision)
         knowledge = None if loaded.knowledge_folder is None else KnowledgeBase.load(loaded.knowledge_folder)
+        if knowledge is not None and knowledge.embedder is not None:
+            knowledge.require_embedder(loaded.embedder)
         return cls(loaded.model, precision, knowledge)
 
     @torch.inference_mode()

@@ -23,6 +23,7 @@ from . import options as opt
 from .console import EXIT_ERROR, EXIT_OK, Console, exit_code, set_up_logging
 from .embeddings import EmbeddingRows, check_output, write_embeddings
 from .inspect import checkpoint_report, doctor_report, planning_config
+from .knowledge import knowledge_app
 
 P = ParamSpec("P")
 
@@ -36,6 +37,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 all good, 1 error, 2 wrong usage, 3 some images failed and others did not.",
 )
 _console = Console()
+app.add_typer(knowledge_app(_console))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ..config import LEVELS
 from ..errors import CheckpointError, InputError
@@ -29,11 +29,19 @@ _NORM_TOLERANCE = 1e-2  # float16 keeps a unit vector's length to about 1e-3
 class KnowledgeBase:
     """M entries: texts, levels int8 [M] (0 object, 1 region, 2 scene), embeddings float16 [M, De] of unit length. Never changed.
 
+    embedder: digest of the checkpoint that made the embeddings; None = not recorded, then nothing is checked.
+
     Raises:
         InputError: lengths that differ, a level that does not exist, a blank text, or embeddings that are not of unit length.
     """
 
-    def __init__(self, texts: Sequence[str], levels: NDArray[np.integer[Any]], embeddings: NDArray[np.floating[Any]]) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str],
+        levels: NDArray[np.integer[Any]],
+        embeddings: NDArray[np.floating[Any]],
+        embedder: str | None = None,
+    ) -> None:
         if embeddings.ndim != 2 or not len(texts) == len(levels) == len(embeddings):
             raise InputError(
                 f"texts, levels and embeddings [M, De] must have one length, got {len(texts)}, {len(levels)} and "
@@ -49,6 +57,7 @@ class KnowledgeBase:
         if not (np.abs(norms - 1.0) <= _NORM_TOLERANCE).all():  # written so that NaN fails too
             worst = int(np.nanargmax(np.abs(norms - 1.0))) if np.isfinite(norms).any() else 0
             raise InputError(f"embeddings must have length 1, entry {worst} has {norms[worst]:.4g}; L2-normalise them")
+        self.embedder = embedder
         self.texts = tuple(texts)
         self.levels = levels.astype(np.int8)
         self.embeddings = np.ascontiguousarray(embeddings, dtype=np.float16)
@@ -62,6 +71,18 @@ class KnowledgeBase:
     @property
     def embed_size(self) -> int:
         return int(self.embeddings.shape[1])
+
+    def require_embedder(self, embedder: str) -> None:
+        """Refuses a checkpoint other than the one that embedded the entries: their cosines would mean nothing.
+
+        Raises:
+            CheckpointError: the recorded digest differs.
+        """
+        if self.embedder is not None and self.embedder != embedder:
+            raise CheckpointError(
+                f"knowledge base was embedded by checkpoint {self.embedder[:12]}, it cannot be used with checkpoint "
+                f"{embedder[:12]}; build it again with this checkpoint: rsvlm kb build"
+            )
 
     def search(
         self, level: int, visual: NDArray[np.float32], query: NDArray[np.float32] | None, k: int, beta: float
@@ -92,7 +113,8 @@ class KnowledgeBase:
                 for text, level in zip(self.texts, self.levels, strict=True)
             )
             (new / ENTRIES).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            save_file({"embeddings": self.embeddings}, new / EMBEDDINGS)
+            metadata = None if self.embedder is None else {"embedder": self.embedder}
+            save_file({"embeddings": self.embeddings}, new / EMBEDDINGS, metadata)
             (new / EMBEDDINGS).chmod(new.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
             if folder.exists():
                 folder.replace(old)
@@ -121,11 +143,13 @@ class KnowledgeBase:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise _damaged(folder / ENTRIES, error) from None
         try:
-            embeddings = load_file(folder / EMBEDDINGS)["embeddings"]
+            with safe_open(folder / EMBEDDINGS, framework="numpy") as file:
+                embeddings = file.get_tensor("embeddings")
+                embedder = (file.metadata() or {}).get("embedder")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise _damaged(folder / EMBEDDINGS, error) from None
         try:
-            return cls(texts, levels, embeddings)
+            return cls(texts, levels, embeddings, embedder)
         except InputError as error:
             raise CheckpointError(f"knowledge base {folder}: {error}; or restore the folder from its source") from None
 

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +49,11 @@ class LoadedCheckpoint:
         paths = (self.folder / "config.json", *self.weight_files)
         return {path.name: self.verified.get(path.name) or sha256_of(path) for path in paths if path.is_file()}
 
+    @cached_property
+    def embedder(self) -> str:
+        """See `embedder_digest`; files that were verified while loading are not read again."""
+        return _embedder_digest(self.config, self.weight_files, self.verified)
+
 
 def read_config(path: str | Path) -> RsvlmConfig:
     """The config of any supported checkpoint folder, without torch and without its weights' content.
@@ -58,6 +64,18 @@ def read_config(path: str | Path) -> RsvlmConfig:
     """
     folder = CheckpointFolder.open(path)
     return detect_layout(folder).config(folder)
+
+
+def embedder_digest(path: str | Path) -> str:
+    """Hex sha256 that names how a checkpoint embeds text: of its weight files and its text template. Reads all weights.
+
+    Raises:
+        CheckpointError, ConfigError: see `read_config`.
+    """
+    folder = CheckpointFolder.open(path)
+    layout = detect_layout(folder)
+    config = layout.config(folder)
+    return _embedder_digest(config, _weight_files(folder, layout.weights(folder, config)), {})
 
 
 def load_checkpoint(path: str | Path, *, dtype: str = "float32") -> LoadedCheckpoint:
@@ -90,10 +108,20 @@ def load_checkpoint(path: str | Path, *, dtype: str = "float32") -> LoadedCheckp
         model.load_state_dict({name: value.to(getattr(torch, dtype)) for name, value in state.items()}, assign=True)
     model.requires_grad_(False)
     knowledge = folder.path / "knowledge"
-    files = (*(file for file, _ in weights), *([folder.delta.weights] if folder.delta is not None else []))
+    files = _weight_files(folder, weights)
     return LoadedCheckpoint(
         config, model.eval(), folder.path, layout.name, knowledge if knowledge.is_dir() else None, files, verified
     )
+
+
+def _weight_files(folder: CheckpointFolder, weights: Weights) -> tuple[Path, ...]:
+    return (*(file for file, _ in weights), *([folder.delta.weights] if folder.delta is not None else []))
+
+
+def _embedder_digest(config: RsvlmConfig, files: Sequence[Path], known: Mapping[str, str]) -> str:
+    template = "" if config.alignment is None else config.alignment.text_template
+    digests = sorted({known.get(file.name) or sha256_of(file) for file in files})  # a file may be read by two tables
+    return hashlib.sha256("\n".join([template, *digests]).encode()).hexdigest()
 
 
 def _check_depth(config: RsvlmConfig) -> None:

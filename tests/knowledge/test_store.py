@@ -65,6 +65,21 @@ def test_save_and_load(base: KnowledgeBase, tmp_path: Path) -> None:
     assert modes["entries.jsonl"] == modes["embeddings.safetensors"]
 
 
+def test_the_embedder_is_kept_and_another_one_refused(base: KnowledgeBase, tmp_path: Path) -> None:
+    stamped = KnowledgeBase(TEXTS, LEVELS, EMBEDDINGS, "a" * 64)
+    stamped.save(tmp_path / "k")
+    loaded = KnowledgeBase.load(tmp_path / "k")
+    assert loaded.embedder == "a" * 64
+    loaded.require_embedder("a" * 64)
+    with pytest.raises(
+        CheckpointError, match=r"embedded by checkpoint aaaaaaaaaaaa, .* with checkpoint bbbbbbbbbbbb; build it"
+    ):
+        loaded.require_embedder("b" * 64)
+    base.save(tmp_path / "k")
+    assert KnowledgeBase.load(tmp_path / "k").embedder is None
+    base.require_embedder("b" * 64)  # nothing recorded, nothing checked
+
+
 def test_save_replaces_whole_and_twice_the_same(base: KnowledgeBase, tmp_path: Path) -> None:
     base.save(tmp_path / "k")
     (tmp_path / "k" / "stale.txt").write_text("")
@@ -139,7 +154,7 @@ def test_damaged_folders(base: KnowledgeBase, tmp_path: Path, monkeypatch: pytes
         with pytest.raises(CheckpointError, match=r"embeddings\.safetensors must be a readable part"):
             KnowledgeBase.load(folder)
     save_file({"other": EMBEDDINGS}, weights)
-    with pytest.raises(CheckpointError, match="KeyError"):
+    with pytest.raises(CheckpointError, match="does not contain tensor embeddings"):
         KnowledgeBase.load(folder)
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"embeddings\.safetensors must be a readable part"):

@@ -59,6 +59,10 @@ def test_rsvlm_commands_and_options_exist(document: Path) -> None:
         command = known[words[0]]
         if command.ignore_unknown_options:  # bench and pull have their own parsers
             continue
+        if hasattr(command, "commands"):  # a group, as `rsvlm kb`
+            assert words[1:2], f"rsvlm {' '.join(arguments)}: names no command of {words[0]}"
+            assert words[1] in command.commands, f"rsvlm {' '.join(arguments)}"
+            command = command.commands[words[1]]
         options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {
             "--help"
         }
