@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ..errors import InputError
+
+# Named in every output: another matcher gives another number.
+MATCHER = "exact match of the lower-case letters and digits; spaces and punctuation do not count"
 
 _IGNORED = re.compile(r"[^a-z0-9]+")
 
@@ -46,3 +50,44 @@ def match_by_class(predictions: Sequence[str], truths: Sequence[str]) -> dict[st
     for truth, hit in zip(truths, matches(predictions, truths), strict=True):
         hits[truth].append(hit)
     return {name: sum(hits[name]) / len(hits[name]) for name in sorted(hits)}
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Closed-set classification. confusion [C, C + 1]: row = true class, column = predicted; the last column is none of them."""
+
+    accuracy: float
+    mean_accuracy: float
+    by_class: dict[str, float]
+    classes: tuple[str, ...]
+    confusion: tuple[tuple[int, ...], ...]
+
+
+def class_scores(predictions: Sequence[str], truths: Sequence[str], labels: Mapping[str, str]) -> ClassScores:
+    """Scores predictions, each a class of `labels` or the words that describe it.
+
+    `mean_accuracy` and `by_class` (recall) are over the classes that occur among the truths.
+
+    Raises:
+        InputError: as in `matches`, or a truth is no class.
+    """
+    names = {normalize_answer(words): name for name, words in labels.items()} | {
+        normalize_answer(name): name for name in labels
+    }
+    odd = sorted(set(truths) - labels.keys())
+    if odd:
+        raise InputError(f"truths must be among the {len(labels)} classes, got {odd[:3]}; add these to the labels")
+    named = [names.get(normalize_answer(guess), guess) for guess in predictions]
+    by_class = match_by_class(named, truths)
+    classes = tuple(sorted(labels))
+    rows = {name: [0] * (len(classes) + 1) for name in classes}
+    columns = {name: column for column, name in enumerate(classes)}
+    for guess, truth in zip(named, truths, strict=True):
+        rows[truth][columns.get(guess, len(classes))] += 1
+    return ClassScores(
+        accuracy=exact_match(named, truths),
+        mean_accuracy=sum(by_class.values()) / len(by_class),
+        by_class=by_class,
+        classes=classes,
+        confusion=tuple(tuple(rows[name]) for name in classes),
+    )

@@ -116,7 +116,9 @@ def test_box_embedding_is_for_dris_only() -> None:
 def test_modules_with_closed_gates_change_nothing() -> None:
     plain = _backend()
     config = dataclasses.replace(
-        CONFIG, augmentation=AugmentationConfig(num_heads=2), experts=ExpertsConfig(num_experts=6, top_k=2, intermediate_size=16)
+        CONFIG,
+        augmentation=AugmentationConfig(num_heads=2),
+        experts=ExpertsConfig(num_experts=6, top_k=2, intermediate_size=16),
     )
     full = _backend(config)
     full.model.load_state_dict(plain.model.state_dict(), strict=False)
