@@ -1,7 +1,7 @@
 """Exact match of short answers and class names. Knows no model and no task.
 
 Case, spaces and punctuation do not count: "Storage tanks." is "storagetanks". This is how the published classification
-numbers of the golden predictions are counted.
+numbers of the golden predictions are counted. Inside numbers a mark does count: 1.5 is not 15, and 1-10 is not 110.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from ..errors import InputError
 
 # Named in every output: another matcher gives another number.
-MATCHER = "exact match of the lower-case letters and digits; spaces and punctuation do not count"
+MATCHER = "exact match of the lower-case letters and digits; spaces and punctuation do not count, except . - / : between digits"
 
-_IGNORED = re.compile(r"[^a-z0-9]+")
+_IGNORED = re.compile(r"(?<!\d)[\W_]|[\W_](?!\d)|[^\w.\-/:]|_")
 
 
 def normalize_answer(text: str) -> str:
-    """Lower-case letters and digits only."""
-    return _IGNORED.sub("", text.lower())
+    """Lower-case letters and digits, of any script, and the marks inside numbers; a text of marks only stays as it is."""
+    return _IGNORED.sub("", text.lower()) or text.strip()
 
 
 def matches(predictions: Sequence[str], truths: Sequence[str]) -> list[bool]:
