@@ -79,12 +79,12 @@ class Question:
 
 
 def read_rsicd(folder: Path, split: str) -> list[CaptionedImage]:
-    """Images of one split, in the order of captions.json; paths are not checked.
+    """Images of one split, in the order of captions.json, which may itself be named; paths are not checked.
 
     Raises:
         InputError: captions.json is missing, not RSICD's format, or lacks the split.
     """
-    file = Path(folder) / "captions.json"
+    file = Path(folder) if Path(folder).is_file() else Path(folder) / "captions.json"
     entries = read_json(file)
     try:
         splits = sorted({entry["split"] for entry in entries})

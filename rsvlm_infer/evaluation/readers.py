@@ -94,7 +94,7 @@ def read_instructions(file: Path, images: Path | None = None) -> list[Question]:
                 for turn in range(0, len(turns) - 1, 2):
                     asked, kind = _plain_question(turns[turn]["value"])
                     key = f"{entry.get('id', index)}#{turn // 2}"
-                    found.append((entry["image"], kind, asked, str(turns[turn + 1]["value"]), key))
+                    found.append((_image_name(entry["image"]), kind, asked, str(turns[turn + 1]["value"]), key))
     except (AttributeError, TypeError, KeyError) as error:
         raise _format_error(file, expected, error) from None
     if not found:
@@ -195,11 +195,17 @@ def image_path(root: Path, name: str) -> Path:
 
 def _flat_question(entry: dict[str, Any], index: int) -> tuple[str, str, str, str, str]:
     """(image, kind, question, answer, key) of one record; KeyError for one without image, question or answer."""
-    image = entry["image"] if "image" in entry else entry["image_id"]
+    image = _image_name(entry["image"] if "image" in entry else entry["image_id"])
     asked, mark = _plain_question(entry["text"] if "text" in entry else entry["question"])
     answer = entry["ground_truth"] if "ground_truth" in entry else entry["answer"]
     kind = str(entry.get("category") or entry.get("type") or mark)
     return image, kind, asked, str(answer), str(entry.get("question_id", index))
+
+
+def _image_name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"the image {value!r}, which is not one name")
+    return value
 
 
 def _plain_question(text: str) -> tuple[str, str]:

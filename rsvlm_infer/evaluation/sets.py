@@ -169,7 +169,7 @@ def detect_reader(source: Path) -> str:
 
 def _rsicd(source: Path, task: Task, split: str, images: Path | None) -> EvaluationSet:
     folder = source if source.is_dir() else source.parent
-    found = read_rsicd(folder, split)
+    found = read_rsicd(source, split)
     if images is not None:
         found = [dataclasses.replace(image, path=images / image.path.name) for image in found]
     return _captioned(folder.resolve().name, task, split, found, folder / "images" if images is None else images, RSICD_THEMES)
@@ -255,7 +255,7 @@ def _image_key(path: Path, root: Path | None) -> str:
 
 
 def _unique(found: EvaluationSet) -> EvaluationSet:
-    """The set with a number behind every key that stands a second time, after a check that every item has a truth.
+    """The set without blank sentences, and with a number behind every key that stands a second time.
 
     Raises:
         InputError: an item without a truth.
@@ -263,10 +263,12 @@ def _unique(found: EvaluationSet) -> EvaluationSet:
     seen: Counter[str] = Counter()
     items = []
     for item in found.items:
-        if not item.truths or not all(text.strip() for text in item.truths):
+        truths = tuple(text for text in item.truths if text.strip())
+        if not truths:
             raise InputError(f"item {item.key!r} of {found.name} has no truth to hold an answer against; repair the set")
         seen[item.key] += 1
-        items.append(item if seen[item.key] == 1 else dataclasses.replace(item, key=f"{item.key}#{seen[item.key]}"))
+        key = item.key if seen[item.key] == 1 else f"{item.key}#{seen[item.key]}"
+        items.append(dataclasses.replace(item, key=key, truths=truths))
     if len({item.key for item in items}) != len(items):
         raise InputError(f"the keys of {found.name} cannot be told apart; give its items distinct names")
     return dataclasses.replace(found, items=tuple(items))

@@ -116,6 +116,8 @@ def test_released_answers_carry_their_truth(tmp_path: Path) -> None:
         (read_instructions, [{"image": "a", "conversations": [{"from": "human"}, {}]}]),
         (read_instructions, [3]),
         (read_instructions, [{"image": "a"}]),
+        (read_instructions, [{"image_id": 3, "question": "?", "ground_truth": "x"}]),
+        (read_instructions, [{"image": ["a", "b"], "conversations": [{"value": "?"}, {"value": "x"}]}]),
     ],
 )
 def test_another_format_names_file_and_expectation(tmp_path: Path, read: Callable[[Path], Any], value: Any) -> None:

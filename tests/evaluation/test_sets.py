@@ -72,8 +72,8 @@ def test_captions_of_one_image_in_a_list_become_one_item(tmp_path: Path) -> None
 def test_a_file_that_stands_twice_is_one_item_and_equal_keys_are_numbered(tmp_path: Path) -> None:
     folder = rsicd(tmp_path)
     entry = {"filename": "a.jpg", "split": "test", "theme": "port", "captions": ["x ."]}
-    save(folder / "captions.json", [entry, {**entry, "captions": ["y ."]}])
-    assert [item.truths for item in read_set(folder, "retrieval").items] == [("x .", "y .")]
+    other = save(folder / "own.json", [entry, {**entry, "captions": ["y .", " "]}])
+    assert [item.truths for item in read_set(other, "retrieval").items] == [("x .", "y .")]
     flat = {"image_id": "a.png", "question": "?", "ground_truth": "1", "question_id": 0}
     questions = read_set(save(tmp_path / "q.json", [flat, {**flat, "ground_truth": "2"}]), "vqa")
     assert [item.key for item in questions.items] == ["0", "0#2"]
