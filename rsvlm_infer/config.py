@@ -188,7 +188,7 @@ class PreprocessConfig:
 
 @dataclass(frozen=True)
 class DrisConfig:
-    """When the planner splits a window and how long a leaf may get (MODEL.md section 1)."""
+    """When the planner splits a window and how long a leaf may get."""
 
     entropy_weight: float = 0.4
     edge_weight: float = 0.3

@@ -147,7 +147,7 @@ class EagerBackend:
         return self.model.augmentation(taps, cue_vectors, query_tokens, cu_scenes), cue_texts
 
     def _visual_tokens(self, features: Tensor, scene: PackedScene) -> Tensor:
-        """Y of one scene [S, Dv] -> [Nv, Dl] in the order of MODEL section 6: base tile, then leaves."""
+        """Y of one scene [S, Dv] -> [Nv, Dl]: base tile, then leaves in raster order."""
         assert self.model.projector is not None
         boxes = torch.from_numpy(scene.boxes) if scene.plan.tiling == "dris" else None
         tiles = self.model.projector(features, torch.from_numpy(scene.grids), boxes)

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LEVELS, AugmentationConfig
-from ..ops.varlen_tile_attention import varlen_tile_attention
+from ..ops.registry import resolve
 
 
 class LevelAugmentation(nn.Module):
     """Gated cross-attention of one level; the gate starts at 0, so an untrained module changes nothing."""
 
-    def __init__(self, vision_size: int, num_heads: int) -> None:
+    def __init__(self, vision_size: int, num_heads: int, implementation: str) -> None:
         super().__init__()
+        self.varlen_tile_attention = resolve("varlen_tile_attention", implementation)
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(vision_size)
         self.q = nn.Linear(vision_size, vision_size)
@@ -31,18 +32,20 @@ class LevelAugmentation(nn.Module):
             q.shape[-1],
         )  # in full: a scene without cues and query has no rows to infer from
         k, v = self.k(context).view(heads), self.v(context).view(heads)
-        attended = varlen_tile_attention(q, k, v, cu_seqlens, cu_seqlens_k)  # [S, H, D]
+        attended = self.varlen_tile_attention(q, k, v, cu_seqlens, cu_seqlens_k)  # [S, H, D]
         return features + torch.tanh(self.gate) * self.o(attended.flatten(1))  # type: ignore[no-any-return]
 
 
 class Augmentation(nn.Module):
     """H_l = F_l + tanh(g_l) · CrossAttn_l(LN F_l ; [cues_l ; query]) for the three levels."""
 
-    def __init__(self, config: AugmentationConfig, vision_size: int, embed_size: int, language_size: int) -> None:
+    def __init__(
+        self, config: AugmentationConfig, vision_size: int, embed_size: int, language_size: int, implementation: str = "eager"
+    ) -> None:
         super().__init__()
         self.cue_proj = nn.Linear(embed_size, vision_size)
         self.query_proj = nn.Linear(language_size, vision_size)
-        self.levels = nn.ModuleList(LevelAugmentation(vision_size, config.num_heads) for _ in LEVELS)
+        self.levels = nn.ModuleList(LevelAugmentation(vision_size, config.num_heads, implementation) for _ in LEVELS)
 
     def forward(self, taps: list[Tensor], cues: list[list[Tensor]], queries: list[Tensor], cu_scenes: Tensor) -> list[Tensor]:
         """Augments B scenes at once.

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LEVELS, ExpertsConfig
-from ..ops.grouped_experts import grouped_experts
-from ..ops.route import route
+from ..ops.registry import resolve
 
 
 class LevelRouter(nn.Module):
@@ -23,9 +22,11 @@ class LevelRouter(nn.Module):
 class Experts(nn.Module):
     """Y = F_2 + Σ_l tanh(a_l) · MoE_l(LN H_l)."""
 
-    def __init__(self, config: ExpertsConfig, vision_size: int) -> None:
+    def __init__(self, config: ExpertsConfig, vision_size: int, implementation: str = "eager") -> None:
         super().__init__()
         self.config = config
+        self.route = resolve("route", implementation)
+        self.grouped_experts = resolve("grouped_experts", implementation)
         experts, hidden = config.num_experts, config.intermediate_size
         self.levels = nn.ModuleList(LevelRouter(vision_size, experts // len(LEVELS)) for _ in LEVELS)
         glu, affine = config.kind == "glu_silu", config.kind == "affine"
@@ -47,8 +48,8 @@ class Experts(nn.Module):
             # fp32: near-ties between experts must not flip with the model's precision
             logits[rows, index * group : (index + 1) * group] = x.float() @ level.router.weight.float().T
         level_offsets = torch.arange(len(LEVELS) + 1, device=base.device) * tokens
-        expert_offsets, permutation, weights = route(logits, level_offsets, self.config.top_k)
-        mixed = grouped_experts(
+        expert_offsets, permutation, weights = self.route(logits, level_offsets, self.config.top_k)
+        mixed = self.grouped_experts(
             stacked, expert_offsets, permutation, weights, self.w_gate, self.w_up, self.w_down, self.b_up, self.b_down
         )
         out = base

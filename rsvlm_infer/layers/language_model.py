@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import LanguageConfig
-from ..ops.decode_attention import decode_attention
-from ..ops.rms_norm import rms_norm
-from ..ops.rope import rope
+from ..ops.registry import resolve
 
 
 @dataclass
@@ -36,22 +34,25 @@ class KvCache:
 class RmsNorm(nn.Module):
     """RMSNorm with a learned scale."""
 
-    def __init__(self, hidden_size: int, eps: float) -> None:
+    def __init__(self, hidden_size: int, eps: float, implementation: str = "eager") -> None:
         super().__init__()
+        self.rms_norm = resolve("rms_norm", implementation)
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return rms_norm(x, self.weight, self.eps)
+        return self.rms_norm(x, self.weight, self.eps)  # type: ignore[no-any-return]
 
 
 class CachedAttention(nn.Module):
     """Causal grouped-query attention; writes its keys and values to the cache before it reads them."""
 
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: LanguageConfig, implementation: str) -> None:
         super().__init__()
         self.config = config
+        self.rope = resolve("rope", implementation)
+        self.decode_attention = resolve("decode_attention", implementation)
         width = config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
         self.q = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
@@ -65,15 +66,15 @@ class CachedAttention(nn.Module):
         """[B, N, Dl], [B, N] and one layer's cache [B, C, Hkv, D] (None = no cache, positions 0..N-1) -> [B, N, Dl]."""
         batch, new, _ = x.shape
         config = self.config
-        q = rope(self.q(x).view(batch, new, config.num_heads, config.head_dim), positions, config.rope_theta)
-        k = rope(self.k(x).view(batch, new, config.num_kv_heads, config.head_dim), positions, config.rope_theta)
+        q = self.rope(self.q(x).view(batch, new, config.num_heads, config.head_dim), positions, config.rope_theta)
+        k = self.rope(self.k(x).view(batch, new, config.num_kv_heads, config.head_dim), positions, config.rope_theta)
         v = self.v(x).view(batch, new, config.num_kv_heads, config.head_dim)
         if keys is not None and values is not None:
             rows = torch.arange(batch, device=x.device)[:, None]
             keys[rows, positions] = k
             values[rows, positions] = v
             k, v = keys, values
-        return self.o(decode_attention(q, k, v, positions, mask).flatten(2))  # type: ignore[no-any-return]
+        return self.o(self.decode_attention(q, k, v, positions, mask).flatten(2))  # type: ignore[no-any-return]
 
 
 class GatedMlp(nn.Module):
@@ -93,11 +94,11 @@ class GatedMlp(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm attention and SwiGLU."""
 
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: LanguageConfig, implementation: str) -> None:
         super().__init__()
-        self.input_norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = CachedAttention(config)
-        self.post_norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, implementation)
+        self.attention = CachedAttention(config, implementation)
+        self.post_norm = RmsNorm(config.hidden_size, config.rms_norm_eps, implementation)
         self.mlp = GatedMlp(config.hidden_size, config.intermediate_size)
 
     def forward(
@@ -111,12 +112,12 @@ class DecoderLayer(nn.Module):
 class LanguageModel(nn.Module):
     """Embeddings in, hidden states out; `logits` is separate so that only the rows that are needed pay for the vocabulary."""
 
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: LanguageConfig, implementation: str = "eager") -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
-        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(DecoderLayer(config, implementation) for _ in range(config.num_layers))
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, implementation)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import VisionConfig
-from ..ops.varlen_tile_attention import varlen_tile_attention
+from ..ops.registry import resolve
 from .activations import ACTIVATIONS
 
 
@@ -26,11 +26,15 @@ class AttentionWeights(nn.Module):
 class TileAttention(AttentionWeights):
     """Multi-head attention that never crosses a tile border."""
 
+    def __init__(self, hidden_size: int, num_heads: int, implementation: str) -> None:
+        super().__init__(hidden_size, num_heads)
+        self.varlen_tile_attention = resolve("varlen_tile_attention", implementation)
+
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """[S, Dv], [T + 1] -> [S, Dv]."""
         heads = (x.shape[0], self.num_heads, -1)
         q, k, v = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)  # [S, H, D]
-        return self.o(varlen_tile_attention(q, k, v, cu_seqlens).flatten(1))  # type: ignore[no-any-return]
+        return self.o(self.varlen_tile_attention(q, k, v, cu_seqlens).flatten(1))  # type: ignore[no-any-return]
 
 
 class Mlp(nn.Module):
@@ -50,10 +54,10 @@ class Mlp(nn.Module):
 class VisionBlock(nn.Module):
     """Pre-norm transformer block; `scale1` and `scale2` exist only with LayerScale."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, implementation: str) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = TileAttention(config.hidden_size, config.num_heads)
+        self.attention = TileAttention(config.hidden_size, config.num_heads, implementation)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.activation)
         self.scale1 = nn.Parameter(torch.ones(config.hidden_size)) if config.layer_scale else None
@@ -70,7 +74,7 @@ class VisionBlock(nn.Module):
 class VisionEncoder(nn.Module):
     """Packed patches -> hidden states at the taps. Blocks after the last tap are never executed and never loaded."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, implementation: str = "eager") -> None:
         super().__init__()
         self.config = config
         self.patch_embed = nn.Linear(3 * config.patch_size**2, config.hidden_size, bias=config.patch_bias)
@@ -78,7 +82,7 @@ class VisionEncoder(nn.Module):
         positions = config.position_grid**2 + int(config.class_token)
         self.position_table = nn.Parameter(torch.zeros(positions, config.hidden_size))
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_norm else None
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(max(config.taps)))
+        self.blocks = nn.ModuleList(VisionBlock(config, implementation) for _ in range(max(config.taps)))
         self._positions: dict[tuple[object, ...], Tensor] = {}  # see _grid_positions, inference only
 
     def forward(self, patches: Tensor, cu_seqlens: Tensor, grids: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -16,15 +16,18 @@ from ..layers.vision_encoder import VisionEncoder
 
 
 class RsvlmModel(nn.Module):
-    """Parts that the config leaves out do not exist here: no weights, no work."""
+    """Parts that the config leaves out do not exist here: no weights, no work.
 
-    def __init__(self, config: RsvlmConfig) -> None:
+    `implementation` of the ops ("eager", "auto" or a named one) is chosen once, here, through the registry.
+    """
+
+    def __init__(self, config: RsvlmConfig, implementation: str = "eager") -> None:
         super().__init__()
         self.config = config
         vision_size = config.vision.hidden_size
         language_size = config.language.hidden_size if config.language is not None else 0
-        self.vision_encoder = VisionEncoder(config.vision)
-        self.language_model = LanguageModel(config.language) if config.language is not None else None
+        self.vision_encoder = VisionEncoder(config.vision, implementation)
+        self.language_model = LanguageModel(config.language, implementation) if config.language is not None else None
         self.projector = Projector(config.projector, vision_size, language_size) if config.projector is not None else None
         self.image_newline = (
             nn.Parameter(torch.zeros(language_size)) if config.tiling == "anyres" and config.projector is not None else None
@@ -37,8 +40,10 @@ class RsvlmModel(nn.Module):
             self.alignment = Alignment(config.alignment, vision_size, text_size, config.vision.layer_norm_eps)
         self.augmentation: Augmentation | None = None
         if config.augmentation is not None and config.alignment is not None:
-            self.augmentation = Augmentation(config.augmentation, vision_size, config.alignment.embed_size, language_size)
-        self.experts = Experts(config.experts, vision_size) if config.experts is not None else None
+            self.augmentation = Augmentation(
+                config.augmentation, vision_size, config.alignment.embed_size, language_size, implementation
+            )
+        self.experts = Experts(config.experts, vision_size, implementation) if config.experts is not None else None
 
     def bridge(self, taps: list[Tensor], augmented: list[Tensor]) -> Tensor:
         """F_l and H_l, three [S, Dv] each -> Y [S, Dv]. Without augmentation H_l is F_l; without experts Y is H_2."""

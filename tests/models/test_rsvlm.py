@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from rsvlm_infer.config import AlignmentConfig  # noqa: E402
 from rsvlm_infer.models.rsvlm import RsvlmModel  # noqa: E402
+from rsvlm_infer.ops import registry  # noqa: E402
 from tests.models.tiny import FULL, PLAIN, random_model  # noqa: E402
 
 TAPS = [torch.randn(9, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
@@ -59,3 +60,38 @@ def test_text_comes_from_the_named_part() -> None:
     assert from_encoder.alignment is not None
     expected = from_encoder.alignment.embed_text(from_encoder.text_encoder(ids))
     assert torch.equal(from_encoder.embed_text(ids, lengths), expected)
+
+
+def test_every_op_of_the_model_comes_from_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = set()
+    real_module = registry._module
+
+    class Twin:
+        """An implementation of every op that notes its calls and computes like eager."""
+
+        def __init__(self, op: str) -> None:
+            def compute(*args: object, **kwargs: object) -> object:
+                called.add(op)
+                return getattr(real_module(op, "eager"), op)(*args, **kwargs)
+
+            setattr(self, op, compute)
+
+        @staticmethod
+        def why_not() -> None:
+            return None
+
+    ops = ("varlen_tile_attention", "route", "grouped_experts", "rms_norm", "rope", "decode_attention")
+    monkeypatch.setattr(registry, "OPS", dict.fromkeys(registry.OPS, ("noting",)))
+    monkeypatch.setattr(registry, "_module", lambda op, name: Twin(op) if name == "noting" else real_module(op, name))
+    registry.resolve.cache_clear()
+    try:
+        eager, noting = RsvlmModel(FULL), RsvlmModel(FULL, "auto")
+    finally:
+        registry.resolve.cache_clear()
+    noting.load_state_dict(eager.state_dict())
+    outputs = []
+    for model in (eager, noting):
+        augmented = model.augmentation(TAPS, [[torch.ones(1, 6)] * 3], [torch.ones(1, 16)], torch.tensor([0, 9]))  # type: ignore[misc]
+        outputs.append((model.bridge(TAPS, augmented), model.text_states(torch.tensor([[3, 4]]), torch.tensor([2]))))
+        assert called == (set() if model is eager else set(ops))
+    assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
