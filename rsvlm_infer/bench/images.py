@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
-from ..evaluation.datasets import IMAGE_SUFFIXES, RSICD_THEMES, Question, read_class_folders, read_rsicd, read_rsvqa
+from ..evaluation.datasets import (
+    IMAGE_SUFFIXES,
+    RSICD_THEMES,
+    Question,
+    class_words,
+    read_class_folders,
+    read_rsicd,
+    read_rsvqa,
+)
 
 
 @dataclass(frozen=True)
@@ -130,11 +138,5 @@ def _from_folder(folder: Path, split: str) -> ImageSet:
     images = read_class_folders(folder)
     samples = tuple(Sample(f"{image.label}/{image.path.name}", image.path, image.label) for image in images)
     return ImageSet(
-        folder.name, str(folder), samples, {label: _words(label) for label in sorted({image.label for image in images})}
+        folder.name, str(folder), samples, {label: class_words(label) for label in sorted({image.label for image in images})}
     )
-
-
-def _words(name: str) -> str:
-    """`AnnualCrop` and `dense_residential` as words."""
-    spaced = "".join(f" {letter}" if letter.isupper() else letter for letter in name.replace("_", " "))
-    return " ".join(spaced.lower().split())

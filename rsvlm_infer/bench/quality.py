@@ -10,12 +10,8 @@ import numpy as np
 from ..evaluation.answers import exact_match, match_by_class
 from ..evaluation.captions import caption_scores
 from ..evaluation.retrieval import retrieval_scores, retrieval_texts
-from ..tasks.retrieve import alignment_scores, require_alignment
 from .images import Sample
-
-ANSWER_TOKENS = 16
-# RSVQA's questions with a closed set of answers are asked as constrained choices, as its own baselines classify them.
-CLOSED_ANSWERS = {"presence": ("yes", "no"), "comp": ("yes", "no"), "rural_urban": ("rural", "urban")}
+from .predict import Candidates, answer_question, classify_image
 
 Step = Callable[[], None]
 
@@ -37,11 +33,10 @@ def classify_samples(
     model: Any, samples: Sequence[Sample], labels: Mapping[str, str], options: Mapping[str, Any], step: Step
 ) -> dict[str, str]:
     """Predicted class of every sample that has a true one, by sample name. `options`: how to read an image, here and below."""
-    classes = {words: name for name, words in labels.items()}
     predicted = {}
     for sample in samples:
         if sample.label is not None:
-            predicted[sample.name] = classes[model.classify(sample.path, list(classes), **options).label]
+            predicted[sample.name] = classify_image(model, sample.path, labels, **options)
             step()
     return predicted
 
@@ -62,10 +57,8 @@ def question_quality(model: Any, samples: Sequence[Sample], options: Mapping[str
     kinds, answers, truths = [], [], []
     for sample in samples:
         for question in sample.questions:
-            choices = CLOSED_ANSWERS.get(question.kind)
-            answer = model.ask(sample.path, question.question, choices=choices, max_new_tokens=ANSWER_TOKENS, **options)
             kinds.append(question.kind)
-            answers.append(answer.text)
+            answers.append(answer_question(model, sample.path, question.question, question.kind, **options))
             truths.append(question.answer)
             step()
     if not truths:
@@ -82,12 +75,10 @@ def retrieval_quality(model: Any, samples: Sequence[Sample], options: Mapping[st
     captioned = [sample for sample in samples if sample.captions]
     if not captioned:
         return {}
-    alignment = require_alignment(model.config)
     texts, positives = retrieval_texts({sample.name: sample.captions for sample in captioned})
-    distinct = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    embedded = model.embed_text(list(distinct))[[distinct[text] for text in texts]]  # [M, De]
+    candidates = Candidates(model, texts)
     rows = []
     for sample in captioned:
-        rows.append(alignment_scores(model.embed_levels(sample.path, **options), embedded, alignment))
+        rows.append(candidates.similarity(sample.path, **options)[candidates.columns])
         step()
     return retrieval_scores(np.stack(rows), positives).to_dict()

@@ -20,8 +20,9 @@ from ..tasks.result import Answer, Classification, SceneReport
 from ..tasks.retrieve import require_alignment
 from ..tasks.scene import ScenePlan, SceneSettings, plan_image
 from . import options as opt
-from .console import EXIT_ERROR, EXIT_OK, Console, exit_code, set_up_logging
+from .console import EXIT_ERROR, EXIT_OK, exit_code, set_up_logging, terminal
 from .embeddings import EmbeddingRows, check_output, write_embeddings
+from .evaluation import evaluate
 from .inspect import checkpoint_report, doctor_report, planning_config
 from .knowledge import knowledge_app
 
@@ -36,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 all good, 1 error, 2 wrong usage, 3 some images failed and others did not.",
 )
-_console = Console()
+_console = terminal
 app.add_typer(knowledge_app(_console))
 
 
@@ -49,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def command(function: Callable[P, int]) -> Callable[P, None]:
-    """Registers a function that returns an exit code; errors become one line each."""
+def command(function: Callable[P, int], name: str | None = None) -> Callable[P, None]:
+    """Registers a function that returns an exit code; errors become one line each. None takes the function's own name."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         raise typer.Exit(_console.run(lambda: function(*args, **kwargs)))
 
-    app.command(function.__name__)(run)
+    app.command(name or function.__name__)(run)
     return run
 
 
@@ -289,6 +290,9 @@ def doctor(output_format: opt.OutputFormat = opt.Format.text) -> int:
         report = doctor_report()
     _console.json(report.values) if output_format is opt.Format.json else _console.data(report.text)
     return EXIT_OK
+
+
+command(evaluate, "eval")
 
 
 _FORWARD: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

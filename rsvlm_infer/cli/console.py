@@ -172,6 +172,9 @@ class Progress:
             self._bar.start()
 
 
+terminal = Console()  # the one that all commands of this process share
+
+
 def set_up_logging(verbose: bool) -> None:
     """Log lines on stderr in the form of every other line."""
     logging.basicConfig(

@@ -1,23 +1,27 @@
 """Exact match of short answers and class names. Knows no model and no task.
 
 Case, spaces and punctuation do not count: "Storage tanks." is "storagetanks". This is how the published classification
-numbers of the golden predictions are counted.
+numbers of the golden predictions are counted. Inside numbers a mark does count: 1.5 is not 15, and 1-10 is not 110.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ..errors import InputError
 
-_IGNORED = re.compile(r"[^a-z0-9]+")
+# Named in every output: another matcher gives another number.
+MATCHER = "exact match of the lower-case letters and digits; spaces and punctuation do not count, except . - / : between digits"
+
+_IGNORED = re.compile(r"(?<!\d)[\W_]|[\W_](?!\d)|[^\w.\-/:]|_")
 
 
 def normalize_answer(text: str) -> str:
-    """Lower-case letters and digits only."""
-    return _IGNORED.sub("", text.lower())
+    """Lower-case letters and digits, of any script, and the marks inside numbers; a text of marks only stays as it is."""
+    return _IGNORED.sub("", text.lower()) or text.strip()
 
 
 def matches(predictions: Sequence[str], truths: Sequence[str]) -> list[bool]:
@@ -46,3 +50,44 @@ def match_by_class(predictions: Sequence[str], truths: Sequence[str]) -> dict[st
     for truth, hit in zip(truths, matches(predictions, truths), strict=True):
         hits[truth].append(hit)
     return {name: sum(hits[name]) / len(hits[name]) for name in sorted(hits)}
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Closed-set classification. confusion [C, C + 1]: row = true class, column = predicted; the last column is none of them."""
+
+    accuracy: float
+    mean_accuracy: float
+    by_class: dict[str, float]
+    classes: tuple[str, ...]
+    confusion: tuple[tuple[int, ...], ...]
+
+
+def class_scores(predictions: Sequence[str], truths: Sequence[str], labels: Mapping[str, str]) -> ClassScores:
+    """Scores predictions, each a class of `labels` or the words that describe it.
+
+    `mean_accuracy` and `by_class` (recall) are over the classes that occur among the truths.
+
+    Raises:
+        InputError: as in `matches`, or a truth is no class.
+    """
+    names = {normalize_answer(words): name for name, words in labels.items()} | {
+        normalize_answer(name): name for name in labels
+    }
+    odd = sorted(set(truths) - labels.keys())
+    if odd:
+        raise InputError(f"truths must be among the {len(labels)} classes, got {odd[:3]}; add these to the labels")
+    named = [names.get(normalize_answer(guess), guess) for guess in predictions]
+    by_class = match_by_class(named, truths)
+    classes = tuple(sorted(labels))
+    rows = {name: [0] * (len(classes) + 1) for name in classes}
+    columns = {name: column for column, name in enumerate(classes)}
+    for guess, truth in zip(named, truths, strict=True):
+        rows[truth][columns.get(guess, len(classes))] += 1
+    return ClassScores(
+        accuracy=exact_match(named, truths),
+        mean_accuracy=sum(by_class.values()) / len(by_class),
+        by_class=by_class,
+        classes=classes,
+        confusion=tuple(tuple(rows[name]) for name in classes),
+    )

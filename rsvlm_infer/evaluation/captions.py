@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 
 from ..errors import InputError, MissingDependencyError
 
+# Named in every output: another tokenizer moves BLEU by up to 0.06 and CIDEr by up to 0.5 of a hundred.
+TOKENIZER = "lower-case alphanumeric words with inner hyphens and apostrophes (no Java)"
+
 _WORD = re.compile(r"[a-z0-9]+(?:['-][a-z0-9]+)*")
 
 

@@ -69,22 +69,23 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class Question:
-    """One RSVQA question on one image; `kind` is the set's own word: presence, count, comp, area, rural_urban."""
+    """One question on one image; `kind` is the set's own word (RSVQA: presence, count, comp, area, rural_urban), `key` its name."""
 
     path: Path
     kind: str
     question: str
     answer: str
+    key: str = ""
 
 
 def read_rsicd(folder: Path, split: str) -> list[CaptionedImage]:
-    """Images of one split, in the order of captions.json; paths are not checked.
+    """Images of one split, in the order of captions.json, which may itself be named; paths are not checked.
 
     Raises:
         InputError: captions.json is missing, not RSICD's format, or lacks the split.
     """
-    file = Path(folder) / "captions.json"
-    entries = _read_json(file)
+    file = Path(folder) if Path(folder).is_file() else Path(folder) / "captions.json"
+    entries = read_json(file)
     try:
         splits = sorted({entry["split"] for entry in entries})
         images = [
@@ -120,7 +121,9 @@ def read_class_folders(folder: Path) -> list[LabelledImage]:
 def read_rsvqa(folder: Path, splits: Sequence[str] = ("train", "val", "test", "test_phili")) -> list[Question]:
     """Questions of RSVQA-LR or RSVQA-HR (the folder with `*_split_*_questions.json`), by split, image and question id.
 
-    Entries are found by their `id`, never by position: cut-down copies of the set keep the ids but not the holes.
+    Ids are the positions in the full lists, with stubs {id, active: false} for what other splits hold. Entries are found by their
+    `id`, never by position: cut-down copies of the set keep the ids but not the stubs. Where the images file lies beside, a question
+    on an image that it does not list as active is damage.
 
     Raises:
         InputError: no split's files are there, or they are damaged.
@@ -135,15 +138,21 @@ def read_rsvqa(folder: Path, splits: Sequence[str] = ("train", "val", "test", "t
     for split in splits:
         for file in sorted(folder.glob(f"*_split_{split}_questions.json")):
             answers_file = file.with_name(file.name.replace("_questions", "_answers"))
+            images_file = file.with_name(file.name.replace("_questions", "_images"))
             try:
-                answers = {item["id"]: item for item in _active(_read_json(answers_file)["answers"])}
-                found = _active(_read_json(file)["questions"])
+                answers = {item["id"]: item for item in _active(read_json(answers_file)["answers"])}
+                found = _active(read_json(file)["questions"])
+                if images_file.is_file():
+                    listed = {item["id"] for item in _active(read_json(images_file)["images"])}
+                    if unlisted := sorted({item["img_id"] for item in found} - listed):
+                        raise KeyError(f"img_id {unlisted[0]}")
                 questions += [
                     Question(
                         images_folder / f"{item['img_id']}.tif",
                         item["type"],
                         item["question"],
-                        answers[item["answers_ids"][0]]["answer"],
+                        str(answers[item["answers_ids"][0]]["answer"]),
+                        f"{split}/{item['id']}",
                     )
                     for item in sorted(found, key=lambda item: (item["img_id"], item["id"]))
                 ]
@@ -158,14 +167,27 @@ def read_rsvqa(folder: Path, splits: Sequence[str] = ("train", "val", "test", "t
     return questions
 
 
+def class_words(name: str) -> str:
+    """`AnnualCrop` and `dense_residential` as words."""
+    spaced = "".join(f" {letter}" if letter.isupper() else letter for letter in name.replace("_", " "))
+    return " ".join(spaced.lower().split())
+
+
 def _active(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [item for item in items if item.get("active")]
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """The values of a JSON file.
+
+    Raises:
+        InputError: the file cannot be read, or is not JSON.
+    """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file} does not exist; check the folder of the set") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}); pass a file of the set") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{file} is not JSON ({error}); restore the file") from None

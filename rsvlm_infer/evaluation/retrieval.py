@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from ..errors import InputError
 
+PROTOCOL = "every sentence of every image, first letter capitalised; a hit is any image that carries the same text"
+
 
 @dataclass(frozen=True)
 class RetrievalScores:

@@ -14,6 +14,16 @@ from rsvlm_infer.evaluation.answers import exact_match, match_by_class, matches,
 def test_normalize_ignores_case_space_and_punctuation() -> None:
     assert normalize_answer(" Storage tanks. ") == "storagetanks"
     assert normalize_answer("0 m2") == "0m2"
+    assert normalize_answer("sea_lake / Sea-Lake") == "sealakesealake"
+    assert normalize_answer("1,000.") == "1000"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("1.5", "15"), ("1-10", "110"), ("river", "rivers"), ("\u662f", "\u5426"), ("-", "?")]
+)
+def test_different_answers_stay_different(one: str, other: str) -> None:
+    assert matches([one], [other]) == [False]
+    assert matches([f" {one} "], [one]) == [True]
 
 
 def test_exact_match_and_recall_by_class() -> None:
