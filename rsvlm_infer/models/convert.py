@@ -74,7 +74,7 @@ class VisionParts:
 def halve(name: str, weight: NDArray[Any]) -> NDArray[Any]:
     """A matrix as float16, a vector as float32, contiguous.
 
-    float16 keeps 11 bits of a weight: a relative error of 2^-12, beside the 2^-4 of the language model's 4-bit source.
+    float16 keeps 11 bits of a weight: a relative error of at most 2^-11, beside the 2^-4 of the language model's 4-bit source.
 
     Raises:
         CheckpointError: a value is not finite, or too large for float16.
