@@ -14,23 +14,14 @@ import pytest
 from rsvlm_infer import cli
 from rsvlm_infer.errors import CheckpointError
 from rsvlm_infer.pipeline import RSVLM
-from tests.bench.conftest import THEMES
+from tests.bench.conftest import THEMES, write_rsicd
 from tests.bench.fake_rsvlm import FakeRSVLM
 from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
 def rsicd(tmp_path: Path) -> Path:
-    """RSICD's layout with four images; the fake model gets the theme of road-odd.jpg wrong."""
-    folder = tmp_path / "rsicd"
-    (folder / "images").mkdir(parents=True)
-    entries = []
-    for name, theme in THEMES.items():
-        (folder / "images" / name).write_bytes(name.encode())
-        captions = ["a green field near the river .", f"the {name.split('-')[0]} is green ."]
-        entries.append({"filename": name, "split": "test", "theme": theme, "captions": captions})
-    (folder / "captions.json").write_text(json.dumps(entries), encoding="utf-8")
-    return folder
+    return write_rsicd(tmp_path / "rsicd")
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def train_heads(
                 alignment, parts["val"], torch.from_numpy(states["val"]).float(), tables["val"], theme_text, theme_of["val"]
             )
             with (features / "heads.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step + 1, "loss": round(float(loss), 3), **metrics}) + "\n")
+                file.write(json.dumps({"step": step + 1, "loss": round(float(loss.detach()), 3), **metrics}) + "\n")
             value = metrics["theme_accuracy"] + metrics["text_to_image_r10"]
             if best is None or value > best[0]:
                 best = (value, {name: weight.detach().clone() for name, weight in alignment.state_dict().items()}, metrics)

@@ -14,10 +14,8 @@ FAKE = "tests.bench.fake_rsvlm:FakeRSVLM"
 THEMES = {"forest-even.jpg": "forest", "forest-odd.jpg": "forest", "river-even.jpg": "river", "road-odd.jpg": "beach"}
 
 
-@pytest.fixture
-def rsicd(tmp_path: Path) -> Path:
-    """RSICD's layout with four images; the fake model gets the last theme wrong."""
-    folder = tmp_path / "rsicd"
+def write_rsicd(folder: Path) -> Path:
+    """RSICD's layout with four images; the fake model gets the theme of road-odd.jpg wrong."""
     (folder / "images").mkdir(parents=True)
     entries = []
     for name, theme in THEMES.items():
@@ -26,6 +24,11 @@ def rsicd(tmp_path: Path) -> Path:
         entries.append({"filename": name, "split": "test", "theme": theme, "captions": captions})
     (folder / "captions.json").write_text(json.dumps(entries), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def rsicd(tmp_path: Path) -> Path:
+    return write_rsicd(tmp_path / "rsicd")
 
 
 @pytest.fixture
