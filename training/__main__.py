@@ -1,6 +1,7 @@
-"""`python -m training`: makes the trained delta of the default checkpoint, step by step; each step resumes where it stopped.
+"""`python -m training`: makes the trained delta of the default checkpoint, stage by stage; each stage resumes where it stopped.
 
-Needs RSICD (RSVLM_DATA, or shared/data beside the repository) and the pulled base parts (`rsvlm pull`).
+Needs RSICD, EuroSAT and RSSCN7 (RSVLM_DATA, or shared/data beside the repository) and the pulled base parts (`rsvlm pull`);
+RSVQA-LR is used when it is there (RSVLM_RSVQA, or rsvqa beside the other sets).
 """
 
 from __future__ import annotations
@@ -9,126 +10,210 @@ import argparse
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rsvlm_infer.config import RsvlmConfig
+from rsvlm_infer.knowledge.mine import mine, read_lexicon, read_scenes
+from rsvlm_infer.knowledge.store import KnowledgeBase
 from rsvlm_infer.models.rsvlm import RsvlmModel
 from rsvlm_infer.pipeline import default_checkpoint
 from rsvlm_infer.pull import BASE_PARTS, DELTA_FOLDER
 from rsvlm_infer.text.tokenizer import Tokenizer
 
-from .dataset import read_split
+from .dataset import Labelled, read_labelled, read_questions, read_split
 from .delta import write_delta
-from .features import compute_features, compute_leaf_features
-from .heads import caption_table, text_states, theme_texts, train_heads
-from .projector import FeatureStore, train_projector
+from .language import low_rank_names, train_language
+from .loop import trained_weights
+from .samples import SampleMaker, consensus
+from .texts import (
+    caption_table,
+    kept_states,
+    label_texts,
+    refit_text_projection,
+    text_embeddings,
+    text_states,
+    theme_words,
+    themes_of,
+)
+from .vision import VisionData, train_vision
 
-STEPS = ("features", "heads", "projector", "delta")
+_log = logging.getLogger(__name__)
+
+STAGES = ("vision", "language", "texts", "delta")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe on one machine: where things are, and the data that stages share."""
+
+    recipe: dict[str, Any]
+    base: Path
+    fresh: bool
+
+    @cached_property
+    def folder(self) -> Path:
+        folder = Path(self.recipe["folder"])
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @cached_property
+    def config(self) -> RsvlmConfig:
+        return RsvlmConfig.from_json(DELTA_FOLDER / "config.json")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.base)
+
+    @cached_property
+    def sets(self) -> dict[str, Labelled]:
+        return {name: read_labelled(name) for name in ("eurosat", "rsscn7")}
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        return {**self.recipe[stage], "seed": self.recipe["seed"]}
+
+    def model(self, *stages: str) -> RsvlmModel:
+        """The base parts, the packaged delta unless `fresh`, and what `stages` of this run trained; the rest is random."""
+        torch.manual_seed(self.recipe["seed"])
+        model = RsvlmModel(self.config)
+        weights = {**load_file(self.base / "vision.safetensors"), **load_file(self.base / "language.safetensors")}
+        known = set(model.state_dict())
+        if not self.fresh:
+            delta = load_file(DELTA_FOLDER / "delta.safetensors")
+            weights |= {name: tensor.float() for name, tensor in delta.items() if name in known}
+        for stage in stages:
+            weights |= {name: tensor for name, tensor in trained_weights(self.folder, stage).items() if name in known}
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        trained = ("projector.", "alignment.", "augmentation.", "experts.", "image_newline")
+        wrong = [name for name in missing if not name.startswith(trained)] + list(unexpected)
+        if wrong:
+            raise SystemExit(
+                f"--base {self.base} must hold the base parts of the default checkpoint, these differ: {wrong[:8]}; run rsvlm pull"
+            )
+        return model.eval()
+
+    def low_rank(self) -> dict[str, Tensor]:
+        """The packaged low-rank updates, where a new run goes on."""
+        delta = {} if self.fresh else load_file(DELTA_FOLDER / "delta.safetensors")
+        return {name: tensor.float() for name, tensor in delta.items() if name in low_rank_names(delta)}
 
 
 def main() -> None:
-    """Runs the steps that are asked for, in order."""
+    """Runs the stages that are asked for, in order."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)} (default: all, in this order)")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all, in this order)")
     parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("recipe.json"))
     parser.add_argument("--base", type=Path, default=default_checkpoint(), help="folder with the pulled base parts")
+    parser.add_argument("--fresh", action="store_true", help="start from the base parts, not from the packaged delta")
     chosen = parser.parse_args()
-    unknown = [step for step in chosen.steps if step not in STEPS]
+    unknown = [stage for stage in chosen.stages if stage not in STAGES]
     if unknown:
-        parser.error(f"STEP must be of {', '.join(STEPS)}, got {', '.join(unknown)}")
+        parser.error(f"STAGE must be of {', '.join(STAGES)}, got {', '.join(unknown)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    recipe = json.loads(chosen.recipe.read_text(encoding="utf-8"))
-    run = Path(recipe["folder"])
-    run.mkdir(parents=True, exist_ok=True)
-    config = RsvlmConfig.from_json(DELTA_FOLDER / "config.json")
-    torch.manual_seed(recipe["seed"])
-    model = base_model(config, chosen.base)
-    tokenizer = Tokenizer.from_folder(chosen.base)
-    actions: dict[str, Callable[[], None]] = {
-        "features": lambda: features_step(model, config, recipe, run),
-        "heads": lambda: heads_step(model, tokenizer, recipe, run),
-        "projector": lambda: projector_step(model, tokenizer, recipe, run),
-        "delta": lambda: write_delta(run, DELTA_FOLDER, BASE_PARTS),
+    if torch.cuda.is_available():
+        torch.set_default_device("cuda")
+    run = Run(json.loads(chosen.recipe.read_text(encoding="utf-8")), chosen.base, chosen.fresh)
+    actions: dict[str, Callable[[Run], None]] = {
+        "vision": vision_stage,
+        "language": language_stage,
+        "texts": texts_stage,
+        "delta": delta_stage,
     }
-    for step in chosen.steps or STEPS:
-        actions[step]()
+    for stage in chosen.stages or STAGES:
+        actions[stage](run)
 
 
-def base_model(config: RsvlmConfig, folder: Path) -> RsvlmModel:
-    """The model with its base parts loaded and everything that training makes still at its random start."""
-    model = RsvlmModel(config)
-    weights = {**load_file(folder / "vision.safetensors"), **load_file(folder / "language.safetensors")}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    wrong = [name for name in missing if not name.startswith(("projector.", "alignment."))] + list(unexpected)
-    if wrong:
-        raise SystemExit(
-            f"--base {folder} must hold the base parts of the default checkpoint, these differ: {wrong[:8]}; run rsvlm pull"
-        )
-    return model.eval()
-
-
-def features_step(model: RsvlmModel, config: RsvlmConfig, recipe: dict[str, Any], run: Path) -> None:
-    """Vision features of train and val, and of the quadrants of a share of train."""
-    settings = recipe["features"]
-    encoder = model.vision_encoder.to(torch.bfloat16)
-    for split in ("val", "train"):
-        compute_features(
-            encoder,
-            config,
-            read_split(split),
-            run / split,
-            salient=settings["salient_patches"],
-            batch_images=settings["batch_images"],
-        )
-    train = read_split("train")
-    count = int(len(train) * settings["multi_tile_share"])
-    rows = sorted(np.random.default_rng(recipe["seed"]).permutation(len(train))[:count].tolist())
-    compute_leaf_features(
-        encoder,
-        config,
-        [train[row] for row in rows],
-        run / "train_leaves",
-        leaf_grid=settings["leaf_grid"],
-        batch_images=settings["batch_images"],
-    )
-    (run / "train_leaves" / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-
-
-def heads_step(model: RsvlmModel, tokenizer: Tokenizer, recipe: dict[str, Any], run: Path) -> None:
-    """Text states once, then the heads."""
-    assert model.alignment is not None and model.language_model is not None
-    records = {split: read_split(split) for split in ("train", "val")}
-    texts = {
-        "themes": theme_texts(records["train"]),
-        "val": caption_table(records["val"], vary=False)[0],
-        "train": caption_table(records["train"], vary=True)[0],
-    }
+def vision_stage(run: Run) -> None:
+    """Text states once, then the encoder's last blocks and the heads."""
+    model = run.model()
+    assert model.language_model is not None
     model.language_model.to(torch.bfloat16)
-    states = {}
-    for name, part in texts.items():
-        path = run / f"states_{name}.npy"
-        if not path.exists():
-            found = text_states(model, tokenizer, model.alignment.config.text_template, part)
-            with (run / "states.tmp").open("wb") as file:
-                np.save(file, found)
-            (run / "states.tmp").replace(path)
-        states[name] = np.load(path).astype(np.float32)
-    metrics = train_heads(model.alignment, {**recipe["heads"], "seed": recipe["seed"]}, run, states, records)
-    save_file(model.alignment.state_dict(), run / "heads.safetensors", metadata={"val": json.dumps(metrics)})
+    records = read_split("train")
+    sentences, owners = caption_table(records, vary=True)
+    states = {
+        "train": kept_states(run.folder / "states_train.npy", model, run.tokenizer, sentences),
+        "rsicd": text_states(model, run.tokenizer, label_texts(theme_words(records))),
+    }
+    states |= {name: text_states(model, run.tokenizer, label_texts(part.words)) for name, part in run.sets.items()}
+    model.language_model = None  # its memory is worth more than its company
+    themes = themes_of(records)
+    settings = run.settings("vision")
+    data = VisionData(
+        [record.path for record in records],
+        owners,
+        [themes.index(record.theme) for record in records],
+        run.sets,
+        settings["seed"],
+    )
+    train_vision(model, settings, data, states, run.folder)
 
 
-def projector_step(model: RsvlmModel, tokenizer: Tokenizer, recipe: dict[str, Any], run: Path) -> None:
-    """The projector on the precomputed features."""
-    rows = json.loads((run / "train_leaves" / "rows.json").read_text(encoding="utf-8"))
-    store = FeatureStore(run, model.config.tile_grid, recipe["features"]["leaf_grid"])
-    leaf_rows = {image: row for row, image in enumerate(rows)}
-    settings = {**recipe["projector"], "seed": recipe["seed"]}
-    train_projector(model, tokenizer, settings, store, read_split("train"), leaf_rows, run)
+def language_stage(run: Run) -> None:
+    """The knowledge base and all queries embedded once, then augmentation, experts, projector and low-rank updates."""
+    model = run.model("vision")
+    assert model.language_model is not None and model.alignment is not None
+    model.language_model.to(torch.bfloat16)
+    records = read_split("train")
+    settings = run.settings("language")
+    maker = SampleMaker(
+        run.tokenizer, run.config, settings, records, consensus(records), run.sets, read_questions("train"), settings["seed"]
+    )
+    entries = mine([(record.theme, record.captions) for record in records], read_lexicon(), read_scenes())
+    texts = [*maker.queries, *(entry.text for entry in entries)]
+    vectors = text_embeddings(model, run.tokenizer, model.alignment, texts)
+    asked = len(maker.queries)
+    knowledge = KnowledgeBase(texts[asked:], np.array([entry.level for entry in entries], np.int8), vectors[asked:])
+    embeddings = dict(zip(maker.queries, vectors[:asked], strict=True))
+    train_language(model, run.tokenizer, settings, maker, knowledge, embeddings, run.folder, run.low_rank())
+
+
+def texts_stage(run: Run) -> None:
+    """The text projection again, because the low-rank updates moved the language model's states."""
+    settings = run.settings("texts")
+    sentences, _ = caption_table(read_split("train"), vary=True)
+    rows = np.random.default_rng(settings["seed"]).permutation(len(sentences))[: settings["sentences"]]
+    labels = label_texts([*theme_words(read_split("train")), *(word for part in run.sets.values() for word in part.words)])
+    chosen = [*(sentences[row] for row in rows), *labels]
+    model = run.model("vision")
+    assert model.language_model is not None and model.alignment is not None
+    model.language_model.to(torch.bfloat16)
+    before = text_states(model, run.tokenizer, chosen)
+    merge_low_rank(model, trained_weights(run.folder, "language"))
+    after = text_states(model, run.tokenizer, chosen)
+    cosine = refit_text_projection(model.alignment, before, after, settings["ridge"])
+    _log.info("texts: mean cosine between old and new embeddings %.4f", cosine)
+    weights = {f"alignment.{name}": tensor.contiguous() for name, tensor in model.alignment.state_dict().items()}
+    save_file(
+        {f"weight.{name}": tensor for name, tensor in weights.items() if ".text_proj." in name},
+        run.folder / "texts.safetensors",
+    )
+    (run.folder / "texts.jsonl").write_text(json.dumps({"sentences": len(chosen), "cosine": round(cosine, 4)}) + "\n")
+
+
+def merge_low_rank(model: RsvlmModel, weights: dict[str, Tensor]) -> None:
+    """W += B·A for every pair."""
+    for name in low_rank_names(weights):
+        if name.endswith(".lora_a"):
+            module = name.removesuffix(".lora_a")
+            weight = model.get_parameter(f"{module}.weight")
+            update = weights[f"{module}.lora_b"].float() @ weights[name].float()
+            with torch.no_grad():
+                weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
+
+
+def delta_stage(run: Run) -> None:
+    """Everything that was trained, over the packaged delta."""
+    weights = {} if run.fresh else load_file(DELTA_FOLDER / "delta.safetensors")
+    for stage in ("vision", "language", "texts"):
+        weights |= trained_weights(run.folder, stage)
+    write_delta(weights, run.folder, DELTA_FOLDER, BASE_PARTS)
 
 
 if __name__ == "__main__":

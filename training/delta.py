@@ -1,4 +1,4 @@
-"""Step 4: what was trained, as the delta that the package carries: fp16 safetensors, the names and hashes of its base, the logs."""
+"""The last step: what was trained, as the delta that the package carries: fp16 safetensors, names and hashes of its base, the logs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
 from rsvlm_infer.pull import BasePart
 
 
-def write_delta(run: Path, folder: Path, base: Sequence[BasePart]) -> None:
-    """Writes delta.safetensors, delta.json and the training log into `folder`; config.json and the model card stay."""
-    weights = {f"alignment.{name}": tensor for name, tensor in load_file(run / "heads.safetensors").items()}
-    for name, tensor in load_file(run / "projector.safetensors").items():
-        if name.startswith("weight."):
-            weights[f"projector.{name.removeprefix('weight.')}"] = tensor
+def write_delta(weights: dict[str, Tensor], run: Path, folder: Path, base: Sequence[BasePart]) -> None:
+    """Writes delta.safetensors and delta.json into `folder` and the thinned logs of the stages beside the recipe."""
     temporary = folder / "delta.tmp"
     save_file({name: tensor.to(torch.float16).contiguous() for name, tensor in weights.items()}, temporary)
     temporary.chmod(0o644)  # safetensors makes files for their owner alone; a package is read by all
@@ -36,5 +33,5 @@ def write_delta(run: Path, folder: Path, base: Sequence[BasePart]) -> None:
     (folder / "delta.tmp").replace(folder / "delta.json")
     logs = Path(__file__).with_name("logs")
     logs.mkdir(exist_ok=True)
-    for name in ("heads.jsonl", "projector.jsonl"):
-        shutil.copyfile(run / name, logs / name)
+    for path in sorted(run.glob("*.jsonl")):
+        shutil.copyfile(path, logs / path.name)

@@ -27,6 +27,8 @@ from .base import Embeddings, ImageFeatures, Prompt, Query
 # Tiles are encoded in chunks of about this many patches: at ViT-L width the widest activation then stays near 270 MB.
 CHUNK_PATCHES = 16384
 
+LevelEmbeddings = tuple[Tensor, Tensor, Tensor]  # object [T, k, De], region [T, De], scene [De]
+
 
 @dataclass(frozen=True)
 class _Handle:
@@ -60,30 +62,9 @@ class EagerBackend:
         if len(scenes) == 0:
             return []
         start = time.perf_counter()
-        taps, class_tokens, tile_counts, patch_counts = self._encode_tiles(scenes)
-        per_scene_taps = list(zip(*(tap.split_with_sizes(patch_counts) for tap in taps), strict=True))
-        per_scene_class = list(
-            zip(
-                *(tokens.split_with_sizes(tile_counts if len(tokens) else [0] * len(scenes)) for tokens in class_tokens),
-                strict=True,
-            )
-        )
-        aligned: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(scenes)
-        if self.model.alignment is not None:
-            aligned = [
-                self.model.alignment(list(scene_taps), list(scene_class), torch.from_numpy(scene.cu_seqlens))
-                for scene, scene_taps, scene_class in zip(scenes, per_scene_taps, per_scene_class, strict=True)
-            ]
-        encoded = time.perf_counter()
-        cu_scenes = torch.tensor([0, *np.cumsum(patch_counts).tolist()], dtype=torch.int32)
-        augmented, cues = self._augment(taps, aligned, queries or [None] * len(scenes), cu_scenes)
-        augment_ms = (time.perf_counter() - encoded) * 1e3
-        bridged = time.perf_counter()
-        tokens: list[Tensor | None] = [None] * len(scenes)
-        if self.model.projector is not None:
-            features = self.model.bridge(taps, augmented).split_with_sizes(patch_counts)
-            tokens = [self._visual_tokens(part, scene) for part, scene in zip(features, scenes, strict=True)]
-        encode_ms = (encoded - start + time.perf_counter() - bridged) * 1e3
+        taps, aligned = self.encode_levels(scenes)
+        tokens, cues, augment_ms = self.visual_tokens(taps, aligned, scenes, queries or [None] * len(scenes))
+        encode_ms = (time.perf_counter() - start) * 1e3 - augment_ms
         return [
             ImageFeatures(
                 handle=_Handle(token, None if align is None else Embeddings(*(_numpy(part) for part in align))),
@@ -95,16 +76,53 @@ class EagerBackend:
             for token, align, cue in zip(tokens, aligned, cues, strict=True)
         ]
 
+    def encode_levels(self, scenes: Sequence[PackedScene]) -> tuple[list[Tensor], list[LevelEmbeddings | None]]:
+        """Scenes -> three taps [S, Dv] of all their patches, and each scene's embeddings (None without alignment)."""
+        taps, class_tokens, tile_counts, patch_counts = self._encode_tiles(scenes)
+        alignment = self.model.alignment
+        if alignment is None:
+            return taps, [None] * len(scenes)
+        per_scene_taps = zip(*(tap.split_with_sizes(patch_counts) for tap in taps), strict=True)
+        per_scene_class = zip(
+            *(tokens.split_with_sizes(tile_counts if len(tokens) else [0] * len(scenes)) for tokens in class_tokens),
+            strict=True,
+        )
+        return taps, [
+            alignment(list(scene_taps), list(scene_class), torch.as_tensor(scene.cu_seqlens))
+            for scene, scene_taps, scene_class in zip(scenes, per_scene_taps, per_scene_class, strict=True)
+        ]
+
+    def visual_tokens(
+        self,
+        taps: list[Tensor],
+        aligned: Sequence[LevelEmbeddings | None],
+        scenes: Sequence[PackedScene],
+        queries: Sequence[Query | None],
+    ) -> tuple[list[Tensor | None], list[tuple[str, ...]], float]:
+        """What `encode_levels` gave -> visual tokens [Nv, Dl] and cue texts per scene, and the milliseconds of augmentation.
+
+        Tokens are None without a projector. Gradients flow: training calls this too.
+        """
+        patch_counts = [len(scene.patches) for scene in scenes]
+        cu_scenes = torch.tensor([0, *np.cumsum(patch_counts).tolist()], dtype=torch.int32)
+        start = time.perf_counter()
+        augmented, cues = self._augment(taps, aligned, queries, cu_scenes)
+        augment_ms = (time.perf_counter() - start) * 1e3
+        if self.model.projector is None:
+            return [None] * len(scenes), cues, augment_ms
+        features = self.model.bridge(taps, augmented).split_with_sizes(patch_counts)
+        return [self._scene_tokens(part, scene) for part, scene in zip(features, scenes, strict=True)], cues, augment_ms
+
     def _encode_tiles(self, scenes: Sequence[PackedScene]) -> tuple[list[Tensor], list[Tensor], list[int], list[int]]:
         """Three taps [S, Dv], three class tokens [T or 0, Dv], tiles per scene, patches per scene."""
-        patches = torch.from_numpy(np.concatenate([scene.patches for scene in scenes]))  # [S, 3·p²]
-        grids = torch.from_numpy(np.concatenate([scene.grids for scene in scenes]))  # [T, 2]
+        patches = torch.as_tensor(np.concatenate([scene.patches for scene in scenes]))  # [S, 3·p²]
+        grids = torch.as_tensor(np.concatenate([scene.grids for scene in scenes]))  # [T, 2]
         bounds = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(scene.cu_seqlens) for scene in scenes]))])  # [T + 1]
         parts = []
         first = 0
         while first < len(grids):
             last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + CHUNK_PATCHES, side="right")) - 1)
-            cu_seqlens = torch.from_numpy((bounds[first : last + 1] - bounds[first]).astype(np.int32))
+            cu_seqlens = torch.as_tensor((bounds[first : last + 1] - bounds[first]).astype(np.int32))
             parts.append(self.model.vision_encoder(patches[bounds[first] : bounds[last]], cu_seqlens, grids[first:last]))
             first = last
         taps = [torch.cat([part[0][level] for part in parts]) for level in range(len(LEVELS))]
@@ -114,7 +132,7 @@ class EagerBackend:
     def _augment(
         self,
         taps: list[Tensor],
-        aligned: Sequence[tuple[Tensor, Tensor, Tensor] | None],
+        aligned: Sequence[LevelEmbeddings | None],
         queries: Sequence[Query | None],
         cu_scenes: Tensor,
     ) -> tuple[list[Tensor], list[tuple[str, ...]]]:
@@ -139,20 +157,20 @@ class EagerBackend:
                     _, ids, names = self.knowledge.search(
                         level, flat, embedding, settings.cues_per_level, settings.query_weight
                     )
-                    found = torch.from_numpy(self.knowledge.embeddings[ids].astype(np.float32)).to(like.dtype)
+                    found = torch.as_tensor(self.knowledge.embeddings[ids].astype(np.float32)).to(like.dtype)
                     texts += names
                 vectors.append(found)
             cue_vectors.append(vectors)
             cue_texts.append(tuple(texts))
             query_ids = np.zeros(0, np.int32) if query is None else query.token_ids
-            query_tokens.append(self.model.language_model.embed_tokens(torch.from_numpy(query_ids).long()))  # [Q, Dl]
+            query_tokens.append(self.model.language_model.embed_tokens(torch.as_tensor(query_ids).long()))  # [Q, Dl]
         return self.model.augmentation(taps, cue_vectors, query_tokens, cu_scenes), cue_texts
 
-    def _visual_tokens(self, features: Tensor, scene: PackedScene) -> Tensor:
+    def _scene_tokens(self, features: Tensor, scene: PackedScene) -> Tensor:
         """Y of one scene [S, Dv] -> [Nv, Dl]: base tile, then leaves in raster order."""
         assert self.model.projector is not None
-        boxes = torch.from_numpy(scene.boxes) if scene.plan.tiling == "dris" else None
-        tiles = self.model.projector(features, torch.from_numpy(scene.grids), boxes)
+        boxes = torch.as_tensor(scene.boxes) if scene.plan.tiling == "dris" else None
+        tiles = self.model.projector(features, torch.as_tensor(scene.grids), boxes)
         if scene.plan.tiling == "anyres":
             if self.model.image_newline is None:
                 raise BackendError(
@@ -187,7 +205,7 @@ class EagerBackend:
     def _prompt_embeds(self, sequence: Prompt, length: int) -> Tensor:
         """[length, Dl]: word embeddings with visual tokens in the places of the image placeholders, zeros after the end."""
         language = self._language()
-        ids = torch.from_numpy(np.asarray(sequence.token_ids, dtype=np.int64))
+        ids = torch.as_tensor(np.asarray(sequence.token_ids, dtype=np.int64))
         places = ids == self.config.image_token_id
         expected = sum(image.num_tokens for image in sequence.images)
         if int(places.sum()) != expected:
@@ -206,7 +224,7 @@ class EagerBackend:
         language = self._language()
         if int(cache.lengths.max()) >= cache.keys.shape[2]:
             raise InputError(f"the cache holds {cache.keys.shape[2]} tokens a row and is full; prefill with a larger capacity")
-        embeds = language.embed_tokens(torch.from_numpy(np.asarray(token_ids, dtype=np.int64))[:, None])  # [B, 1, Dl]
+        embeds = language.embed_tokens(torch.as_tensor(np.asarray(token_ids, dtype=np.int64))[:, None])  # [B, 1, Dl]
         hidden = language(embeds, cache.lengths[:, None], cache)
         cache.lengths = cache.lengths + 1
         return _numpy(language.logits(hidden[:, 0]))
@@ -236,7 +254,7 @@ class EagerBackend:
         lengths = torch.tensor([len(ids) for ids in token_ids])
         padded = torch.zeros((len(token_ids), int(lengths.max())), dtype=torch.long)
         for row, ids in enumerate(token_ids):
-            padded[row, : len(ids)] = torch.from_numpy(np.asarray(ids, dtype=np.int64))
+            padded[row, : len(ids)] = torch.as_tensor(np.asarray(ids, dtype=np.int64))
         return _numpy(self.model.embed_text(padded, lengths))
 
     def _language(self) -> Any:
@@ -248,4 +266,4 @@ class EagerBackend:
 
 
 def _numpy(x: Tensor) -> npt.NDArray[np.float32]:
-    return x.float().numpy()
+    return x.float().cpu().numpy()

@@ -30,7 +30,7 @@ class RsvlmModel(nn.Module):
         self.language_model = LanguageModel(config.language, implementation) if config.language is not None else None
         self.projector = Projector(config.projector, vision_size, language_size) if config.projector is not None else None
         self.image_newline = (
-            nn.Parameter(torch.zeros(language_size)) if config.tiling == "anyres" and config.projector is not None else None
+            nn.Parameter(torch.zeros(language_size)) if config.grid_pinpoints and config.projector is not None else None
         )
         self.text_encoder = TextEncoder(config.text_encoder) if config.text_encoder is not None else None
         self.alignment: Alignment | None = None

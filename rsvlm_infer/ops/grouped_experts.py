@@ -42,6 +42,7 @@ def grouped_experts(
                 hidden = F.silu(rows @ w_gate[expert].T) * hidden
             elif w_up is not None:
                 hidden = F.gelu(hidden)
-            slots[chosen] = F.linear(hidden, w_down[expert], None if b_down is None else b_down[expert])
+            out = F.linear(hidden, w_down[expert], None if b_down is None else b_down[expert])
+            slots[chosen] = out.to(slots.dtype)  # autocast may compute in a narrower type than x has
     combined = (slots.view(-1, k, x.shape[1]).float() * weights[..., None]).sum(dim=1)
     return combined.to(x.dtype)

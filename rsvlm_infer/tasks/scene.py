@@ -63,9 +63,9 @@ class SceneSettings:
         Raises:
             InputError: anyres tiling on a checkpoint that was not made for it.
         """
-        if self.tiling == "anyres" and config.tiling != "anyres":
+        if self.tiling == "anyres" and not config.grid_pinpoints:
             raise InputError(
-                f'tiling "anyres" needs a LLaVA-NeXT checkpoint with grid_pinpoints, this one is made for "{config.tiling}"; '
+                f'tiling "anyres" needs a checkpoint with grid_pinpoints, this one is made for "{config.tiling}"; '
                 'use "fixed" or "dris"'
             )
         budgets = {name: getattr(self, name) for name in BUDGETS}

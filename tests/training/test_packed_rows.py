@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from rsvlm_infer.config import LanguageConfig
+from rsvlm_infer.imagery.pack import PackedScene
 from rsvlm_infer.layers.language_model import LanguageModel
-from training.projector import Sample, pack_row
+from training.samples import Branch, Sample, mosaic, pack_row
 
 CONFIG = LanguageConfig("llama", 50, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 256, False, True)
+SCENE = PackedScene.__new__(PackedScene)  # a row never looks at it
 
 SAMPLES = [
-    Sample(0, -1, [3, 4, 5, 6], [7], [([8, 20, 21, 2], 3, 0.75), ([8, 22, 2], 2, 0.25), ([9, 10, 23, 2], 2, 0.5)], asks=True),
-    Sample(1, -1, [11, 12], [7], [([8, 24, 25, 26, 2], 4, 1.0)], asks=False),
+    Sample(
+        SCENE,
+        "query",
+        [3, 4, 5, 6],
+        [7],
+        [
+            Branch([8, 20, 21, 2], 3, 0.75, after_stem=True),
+            Branch([8, 22, 2], 2, 0.25, after_stem=True),
+            Branch([9, 10, 23, 2], 2, 0.5),
+        ],
+    ),
+    Sample(SCENE, "query", [11, 12], [7], [Branch([8, 24, 25, 26, 2], 4, 1.0, after_stem=True)]),
 ]
 
 
 def _plain_losses(model: LanguageModel) -> list[torch.Tensor]:
     losses = []
     for sample in SAMPLES:
-        for place, (ids, answer, _) in enumerate(sample.branches):
-            is_question = sample.asks and place == len(sample.branches) - 1
-            sequence = torch.tensor([[*sample.prefix, *([] if is_question else sample.stem), *ids]])
+        for branch in sample.branches:
+            sequence = torch.tensor([[*sample.prefix, *(sample.stem if branch.after_stem else []), *branch.ids]])
             positions = torch.arange(sequence.shape[1])[None]
             logits = model.logits(model(model.embed_tokens(sequence), positions))[0]
-            losses.append(F.cross_entropy(logits[-answer - 1 : -1], sequence[0, -answer:], reduction="none"))
+            last = branch.answer
+            losses.append(F.cross_entropy(logits[-last - 1 : -1], sequence[0, -last:], reduction="none"))
     return losses
 
 
@@ -48,3 +61,16 @@ def test_unused_places_learn_nothing_and_stay_finite() -> None:
     assert torch.isfinite(hidden).all()
     assert (row.targets[used:] == -100).all()
     assert float(row.weights[used:].sum()) == 0.0
+
+
+def test_mosaic_shows_the_rows_it_names_and_leaves_half_of_it_uniform() -> None:
+    pictures = {row: np.full((224, 224, 3), row, np.uint8) for row in range(1, 9)}
+    of_theme = {"beach": [1, 2], "forest": [3, 4], "park": [5, 6], "port": [7, 8]}
+    rows, picture = mosaic(np.random.default_rng(3), of_theme, pictures.__getitem__, (4, 6))
+    cells = picture.reshape(picture.shape[0] // 224, 224, picture.shape[1] // 224, 224, 3).transpose(0, 2, 1, 3, 4)
+    shown = [int(cell[0, 0, 0]) for line in cells for cell in line if int(cell[0, 0, 0]) <= 8]
+    assert shown == rows
+    assert 4 <= len(rows) <= 6
+    assert len(rows) <= cells.shape[0] * cells.shape[1] / 2
+    themes = {theme for theme, members in of_theme.items() if set(members) & set(rows)}
+    assert len(themes) <= 2  # at most half of the themes, so that absence can be asked too

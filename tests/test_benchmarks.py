@@ -1,0 +1,73 @@
+"""The parts of the benchmarks that decide what a number means."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.modules import spaced
+from benchmarks.mosaics import make_mosaics, roc_area
+from benchmarks.published import MEASURES
+from benchmarks.rows import append_rows
+from rsvlm_infer.evaluation.datasets import RSICD_THEMES
+from rsvlm_infer.evaluation.sets import TASKS
+
+
+def test_roc_area_counts_pairs_and_halves_ties() -> None:
+    truth = np.array([True, True, False, False])
+    assert roc_area(np.array([4.0, 3.0, 2.0, 1.0]), truth) == 1.0
+    assert roc_area(np.array([1.0, 2.0, 3.0, 4.0]), truth) == 0.0
+    assert roc_area(np.ones(4), truth) == 0.5
+    assert roc_area(np.array([4.0, 1.0, 2.0, 0.0]), truth) == 0.75
+
+
+def test_spaced_takes_both_ends_and_keeps_order() -> None:
+    assert spaced(list(range(10)), 4) == [0, 3, 6, 9]
+    assert spaced([1, 2], 5) == [1, 2]
+
+
+def test_rows_are_appended_below_one_header(tmp_path: Path) -> None:
+    file = tmp_path / "results" / "rows.csv"
+    append_rows(file, [{"a": 1, "b": "x"}])
+    append_rows(file, [{"a": 2, "b": "y, z"}])
+    append_rows(file, [])
+    with file.open(newline="") as read:
+        assert list(csv.DictReader(read)) == [{"a": "1", "b": "x"}, {"a": "2", "b": "y, z"}]
+
+
+def test_measures_name_tasks_that_exist() -> None:
+    assert {measure.task for measure in MEASURES} <= set(TASKS)
+    assert all(0 < measure.at_least < 2 for measure in MEASURES)
+
+
+def test_mosaics_ask_as_often_for_what_is_there_as_for_what_is_not(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    entries = []
+    for number, theme in enumerate(RSICD_THEMES):
+        name = f"{theme}_1.jpg"
+        Image.fromarray(np.full((224, 224, 3), 5 * number, np.uint8)).save(tmp_path / "images" / name)
+        entries.append({"filename": name, "split": "val", "theme": theme, "captions": [f"a {theme} ."]})
+    (tmp_path / "captions.json").write_text(json.dumps(entries))
+    mosaics = make_mosaics(tmp_path, 3, 6, seed=1)
+    again = make_mosaics(tmp_path, 3, 6, seed=1)
+    assert [each.picture.shape[0] for each in mosaics] == [224 * side for side in (6, 8, 12)]
+    for each, same in zip(mosaics, again, strict=True):
+        assert each.questions == same.questions
+        assert sum(present for _, present in each.questions) == len(each.questions) / 2
+        assert all((word in each.present) == present for word, present in each.questions)
+
+
+@pytest.mark.parametrize("module", ["published", "mosaics", "modules"])
+def test_help_explains_itself(module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    monkeypatch.setattr("sys.argv", [module, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"benchmarks.{module}").main()
+    assert stop.value.code == 0
+    assert "--data" in capsys.readouterr().out
