@@ -7,10 +7,13 @@ RSVQA-LR is used when it is there (RSVLM_RSVQA, or rsvqa beside the other sets).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rsvlm_infer.config import RsvlmConfig
+from rsvlm_infer.config import ExpertsConfig, RsvlmConfig
 from rsvlm_infer.knowledge.mine import mine, read_lexicon, read_scenes
 from rsvlm_infer.knowledge.store import KnowledgeBase
 from rsvlm_infer.models.rsvlm import RsvlmModel
@@ -49,6 +52,15 @@ _log = logging.getLogger(__name__)
 
 STAGES = ("vision", "language", "texts", "delta")
 
+# Variants of the model, all of equal active size where experts are on: two of 256 hidden units, or one of 512.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "no-augmentation": {"augmentation": None},
+    "no-experts": {"experts": None},
+    "dense": {"experts": ExpertsConfig(num_experts=3, top_k=1, intermediate_size=512)},  # its three experts stay one network
+    "level": {"experts": ExpertsConfig(num_experts=3, top_k=1, intermediate_size=512)},
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -57,6 +69,7 @@ class Run:
     recipe: dict[str, Any]
     base: Path
     fresh: bool
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of the config, for a variant of the model
 
     @cached_property
     def folder(self) -> Path:
@@ -66,7 +79,7 @@ class Run:
 
     @cached_property
     def config(self) -> RsvlmConfig:
-        return RsvlmConfig.from_json(DELTA_FOLDER / "config.json")
+        return dataclasses.replace(RsvlmConfig.from_json(DELTA_FOLDER / "config.json"), **self.changes)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -108,14 +121,16 @@ class Run:
 def main() -> None:
     """Runs the stages that are asked for, in order."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all, in this order)")
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all, in this order), or variants"
+    )
     parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("recipe.json"))
     parser.add_argument("--base", type=Path, default=default_checkpoint(), help="folder with the pulled base parts")
     parser.add_argument("--fresh", action="store_true", help="start from the base parts, not from the packaged delta")
     chosen = parser.parse_args()
-    unknown = [stage for stage in chosen.stages if stage not in STAGES]
+    unknown = [stage for stage in chosen.stages if stage not in (*STAGES, "variants")]
     if unknown:
-        parser.error(f"STAGE must be of {', '.join(STAGES)}, got {', '.join(unknown)}")
+        parser.error(f"STAGE must be of {', '.join(STAGES)}, variants, got {', '.join(unknown)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if torch.cuda.is_available():
         torch.set_default_device("cuda")
@@ -125,6 +140,7 @@ def main() -> None:
         "language": language_stage,
         "texts": texts_stage,
         "delta": delta_stage,
+        "variants": variants_stage,
     }
     for stage in chosen.stages or STAGES:
         actions[stage](run)
@@ -156,12 +172,17 @@ def vision_stage(run: Run) -> None:
 
 
 def language_stage(run: Run) -> None:
-    """The knowledge base and all queries embedded once, then augmentation, experts, projector and low-rank updates."""
-    model = run.model("vision")
+    """Augmentation, experts, projector and low-rank updates."""
+    train_language_of(run, run.model("vision"), run.settings("language"), "language", run.low_rank())
+
+
+def train_language_of(
+    run: Run, model: RsvlmModel, settings: dict[str, Any], name: str, low_rank_start: dict[str, Tensor]
+) -> None:
+    """Embeds the knowledge base and all queries once, then trains."""
     assert model.language_model is not None and model.alignment is not None
     model.language_model.to(torch.bfloat16)
     records = read_split("train")
-    settings = run.settings("language")
     maker = SampleMaker(
         run.tokenizer, run.config, settings, records, consensus(records), run.sets, read_questions("train"), settings["seed"]
     )
@@ -171,7 +192,40 @@ def language_stage(run: Run) -> None:
     asked = len(maker.queries)
     knowledge = KnowledgeBase(texts[asked:], np.array([entry.level for entry in entries], np.int8), vectors[asked:])
     embeddings = dict(zip(maker.queries, vectors[:asked], strict=True))
-    train_language(model, run.tokenizer, settings, maker, knowledge, embeddings, run.folder, run.low_rank())
+    train_language(model, run.tokenizer, settings, maker, knowledge, embeddings, run.folder, low_rank_start, name)
+
+
+def variants_stage(run: Run) -> None:
+    """Each variant of the model trained for the same few steps from the same start: what its modules are worth.
+
+    Augmentation and experts start anew in all of them, the full model too; projector and low-rank updates go on from the language stage.
+    Each becomes a checkpoint folder for `python -m benchmarks.modules --variant`.
+    """
+    trained = trained_weights(run.folder, "language")
+    kept = {name: tensor for name, tensor in trained.items() if name.startswith(("projector.", "image_newline"))}
+    low_rank = {name: trained[name] for name in low_rank_names(trained)}
+    for name, changes in VARIANTS.items():
+        variant = dataclasses.replace(run, changes=changes)
+        model = variant.model("vision")
+        model.load_state_dict(kept, strict=False)
+        if name == "dense" and model.experts is not None:
+            with torch.no_grad():
+                for weight in (model.experts.w_gate, model.experts.w_up, model.experts.w_down):
+                    assert weight is not None
+                    weight.copy_(weight[:1].expand_as(weight))
+        settings = {**run.settings("language"), **run.recipe["variants"], "tied_experts": name == "dense"}
+        train_language_of(variant, model, settings, f"variant-{name}", low_rank)
+        weights = load_file(DELTA_FOLDER / "delta.safetensors")
+        weights = {key: value for key, value in weights.items() if not key.startswith(("augmentation.", "experts."))}
+        weights |= trained_weights(run.folder, f"variant-{name}")
+        folder = run.folder / "variants" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in run.base.iterdir():
+            if path.is_file() and not path.name.startswith("delta") and not (folder / path.name).exists():
+                os.link(path, folder / path.name)
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(variant.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_delta(weights, folder, BASE_PARTS)
 
 
 def texts_stage(run: Run) -> None:
@@ -180,13 +234,14 @@ def texts_stage(run: Run) -> None:
     sentences, _ = caption_table(read_split("train"), vary=True)
     rows = np.random.default_rng(settings["seed"]).permutation(len(sentences))[: settings["sentences"]]
     labels = label_texts([*theme_words(read_split("train")), *(word for part in run.sets.values() for word in part.words)])
-    chosen = [*(sentences[row] for row in rows), *labels]
+    chosen = [sentences[row] for row in rows]
     model = run.model("vision")
     assert model.language_model is not None and model.alignment is not None
     model.language_model.to(torch.bfloat16)
-    before = text_states(model, run.tokenizer, chosen)
+    kept = kept_states(run.folder / "states_train.npy", model, run.tokenizer, sentences)
+    before = np.concatenate((kept[rows], text_states(model, run.tokenizer, labels)))
     merge_low_rank(model, trained_weights(run.folder, "language"))
-    after = text_states(model, run.tokenizer, chosen)
+    after = text_states(model, run.tokenizer, [*chosen, *labels])
     cosine = refit_text_projection(model.alignment, before, after, settings["ridge"])
     _log.info("texts: mean cosine between old and new embeddings %.4f", cosine)
     weights = {f"alignment.{name}": tensor.contiguous() for name, tensor in model.alignment.state_dict().items()}
@@ -194,7 +249,7 @@ def texts_stage(run: Run) -> None:
         {f"weight.{name}": tensor for name, tensor in weights.items() if ".text_proj." in name},
         run.folder / "texts.safetensors",
     )
-    (run.folder / "texts.jsonl").write_text(json.dumps({"sentences": len(chosen), "cosine": round(cosine, 4)}) + "\n")
+    (run.folder / "texts.jsonl").write_text(json.dumps({"sentences": len(after), "cosine": round(cosine, 4)}) + "\n")
 
 
 def merge_low_rank(model: RsvlmModel, weights: dict[str, Tensor]) -> None:
@@ -213,7 +268,11 @@ def delta_stage(run: Run) -> None:
     weights = {} if run.fresh else load_file(DELTA_FOLDER / "delta.safetensors")
     for stage in ("vision", "language", "texts"):
         weights |= trained_weights(run.folder, stage)
-    write_delta(weights, run.folder, DELTA_FOLDER, BASE_PARTS)
+    write_delta(weights, DELTA_FOLDER, BASE_PARTS)
+    logs = Path(__file__).with_name("logs")
+    logs.mkdir(exist_ok=True)
+    for path in sorted(run.folder.glob("*.jsonl")):
+        shutil.copyfile(path, logs / path.name)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""The last step: what was trained, as the delta that the package carries: fp16 safetensors, names and hashes of its base, the logs."""
+"""The last step: what was trained, as the delta that the package carries: fp16 safetensors, names and hashes of its base."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from torch import Tensor
 from rsvlm_infer.pull import BasePart
 
 
-def write_delta(weights: dict[str, Tensor], run: Path, folder: Path, base: Sequence[BasePart]) -> None:
-    """Writes delta.safetensors and delta.json into `folder` and the thinned logs of the stages beside the recipe."""
+def write_delta(weights: dict[str, Tensor], folder: Path, base: Sequence[BasePart]) -> None:
+    """Writes delta.safetensors and delta.json into `folder`; config.json and the model card stay."""
     temporary = folder / "delta.tmp"
     save_file({name: tensor.to(torch.float16).contiguous() for name, tensor in weights.items()}, temporary)
     temporary.chmod(0o644)  # safetensors makes files for their owner alone; a package is read by all
@@ -31,7 +30,3 @@ def write_delta(weights: dict[str, Tensor], run: Path, folder: Path, base: Seque
     }
     (folder / "delta.tmp").write_text(json.dumps(delta, indent=2) + "\n", encoding="utf-8")
     (folder / "delta.tmp").replace(folder / "delta.json")
-    logs = Path(__file__).with_name("logs")
-    logs.mkdir(exist_ok=True)
-    for path in sorted(run.glob("*.jsonl")):
-        shutil.copyfile(path, logs / path.name)

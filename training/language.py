@@ -79,6 +79,13 @@ class Balance:
         self.loss = total / len(experts.levels)
 
 
+def _tie(experts: Experts) -> None:
+    """One gradient for all experts: those that start equal stay one dense network."""
+    for weight in (experts.w_gate, experts.w_up, experts.w_down):
+        if weight is not None and weight.grad is not None:
+            weight.grad.copy_(weight.grad.mean(dim=0, keepdim=True).expand_as(weight.grad))
+
+
 def trainable(model: RsvlmModel) -> dict[str, nn.Parameter]:
     """Everything between the vision encoder and the language model, by its name in the model."""
     prefixes = ("projector.", "augmentation.", "experts.", "image_newline")
@@ -139,6 +146,8 @@ def train_language(
         loss = _loss(backend, tokenizer, rows, embeddings)
         total = loss if balance is None or balance.loss is None else loss + settings["balance_weight"] * balance.loss
         total.backward()
+        if settings.get("tied_experts") and model.experts is not None:
+            _tie(model.experts)
         shown = {} if balance is None or balance.loss is None else {"balance": float(balance.loss.detach())}
         loop.update(loss=float(loss.detach()), **shown, images=sum(len(row.samples) for row in rows))
 
