@@ -122,6 +122,10 @@ def train_language(
     gates = {key: parameter for key, parameter in middle.items() if key.endswith(".gate")}
     slow = {key: p for key, p in middle.items() if key.startswith(("projector.", "image_newline"))}
     fresh = {key: p for key, p in middle.items() if key not in gates and key not in slow}
+    with torch.no_grad():
+        for gate in gates.values():
+            if float(gate) == 0.0:  # a module behind a closed gate gets no gradient, and its gate only noise
+                gate.fill_(settings["gate_start"])
     low_rank = add_low_rank(language, settings["rank"]) if settings["rank"] else {}
     with torch.no_grad():
         for key in low_rank.keys() & low_rank_start.keys():
