@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 def build_info() -> dict[str, str | bool | int]: ...
+def limit_isa(*, isa: str) -> None: ...
 def complexity_map(*, gray: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.float64]: ...
 def pack_tiles(
     *,
@@ -18,3 +19,19 @@ def pack_tiles(
     resample: str,
     fill: Sequence[int],
 ) -> NDArray[np.float32]: ...
+def varlen_tile_attention(
+    *,
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    q_strides: Sequence[int],
+    k_strides: Sequence[int],
+    v_strides: Sequence[int],
+    cu_seqlens: Sequence[int],
+    cu_seqlens_k: Sequence[int],
+    heads: int,
+    head_dim: int,
+    dtype: str,
+    scale: float,
+) -> None: ...

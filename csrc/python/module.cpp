@@ -5,4 +5,5 @@ PYBIND11_MODULE(_C, module) {
     rsvlm::python::register_cpu(module);
     rsvlm::python::register_complexity_map(module);
     rsvlm::python::register_pack_tiles(module);
+    rsvlm::python::register_varlen_tile_attention(module);
 }
