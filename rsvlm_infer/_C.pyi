@@ -35,3 +35,33 @@ def varlen_tile_attention(
     dtype: str,
     scale: float,
 ) -> None: ...
+def route(
+    *,
+    logits: int,
+    tokens: int,
+    experts: int,
+    level_offsets: Sequence[int],
+    k: int,
+    expert_offsets: int,
+    permutation: int,
+    weights: int,
+) -> None: ...
+def grouped_experts(
+    *,
+    x: int,
+    expert_offsets: int,
+    permutation: int,
+    weights: int,
+    w_gate: int,
+    w_up: int,
+    w_down: int,
+    b_up: int,
+    b_down: int,
+    out: int,
+    tokens: int,
+    width: int,
+    hidden: int,
+    experts: int,
+    k: int,
+    dtype: str,
+) -> None: ...

@@ -202,19 +202,9 @@ void attend(const AttentionPart& part, std::int64_t first, std::int64_t queries,
         for (std::int64_t d = 0; d < padded; d += kRows) {
             Vec sums[kRows][Vectors];
             float* target = outputs + d * kWidth;
-            if (key == 0) {
-                for (int r = 0; r < kRows; ++r) {
-                    for (int n = 0; n < Vectors; ++n) {
-                        sums[r][n] = zero();
-                    }
-                }
-            } else {
-#pragma GCC unroll 8
-                for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-                    for (int n = 0; n < Vectors; ++n) {
-                        sums[r][n] = mul(load(target + (r * Vectors + n) * kLanes), factor[n]);
-                    }
+            for (int r = 0; r < kRows; ++r) {
+                for (int n = 0; n < Vectors; ++n) {
+                    sums[r][n] = zero();
                 }
             }
             multiply_tile<kRows, Vectors>(block_values + d, 1, padded, weights, (count + kPair - 1) / kPair, sums);
@@ -222,7 +212,8 @@ void attend(const AttentionPart& part, std::int64_t first, std::int64_t queries,
             for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
                 for (int n = 0; n < Vectors; ++n) {
-                    store(target + (r * Vectors + n) * kLanes, sums[r][n]);
+                    float* to = target + (r * Vectors + n) * kLanes;
+                    store(to, key == 0 ? sums[r][n] : fma(load(to), factor[n], sums[r][n]));
                 }
             }
         }

@@ -6,4 +6,6 @@ PYBIND11_MODULE(_C, module) {
     rsvlm::python::register_complexity_map(module);
     rsvlm::python::register_pack_tiles(module);
     rsvlm::python::register_varlen_tile_attention(module);
+    rsvlm::python::register_grouped_experts(module);
+    rsvlm::python::register_route(module);
 }

@@ -33,11 +33,6 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(set1(-0.0f), a); }
-inline Vec copy_sign(Vec magnitude, Vec sign) { return _mm256_or_ps(abs(magnitude), _mm256_and_ps(set1(-0.0f), sign)); }
-inline Vec select_greater(Vec a, Vec b, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
-inline Vec zero_where_minus_infinity(Vec a) {
-    return _mm256_andnot_ps(_mm256_cmp_ps(a, set1(-__builtin_inff()), _CMP_EQ_OQ), a);
-}
 inline Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // 2^n for integral n in [-126, 128]; 2^128 is infinity.
 inline Vec power_of_two(Vec n) {
@@ -61,9 +56,6 @@ inline void store_bf16(std::uint16_t* to, Vec value) {
     rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0xd8);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
-}
-inline void load_int8(const std::int8_t* from, Vec* to) {
-    *to = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 
 inline void transpose(Vec (&rows)[kLanes]) {

@@ -39,10 +39,6 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Vec abs(Vec a) { return _mm512_andnot_ps(set1(-0.0f), a); }
-inline Vec copy_sign(Vec magnitude, Vec sign) { return _mm512_or_ps(abs(magnitude), _mm512_and_ps(set1(-0.0f), sign)); }
-inline Vec select_greater(Vec a, Vec b, Vec yes, Vec no) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
-}
 inline Vec zero_where_minus_infinity(Vec a) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, set1(-__builtin_inff()), _CMP_NEQ_UQ), a);
 }
@@ -60,9 +56,6 @@ inline void store_bf16(std::uint16_t* to, Vec value) {
     __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
-}
-inline void load_int8(const std::int8_t* from, Vec* to) {
-    *to = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 
 inline void transpose(Vec (&rows)[kLanes]) {

@@ -32,6 +32,34 @@ inline Vec exp2(Vec x) {
 #endif
 }
 
+// x / (1 + e^-x)
+inline Vec silu(Vec x) { return div(x, add(set1(1.0f), exp2(mul(x, set1(-kLog2E))))); }
+
+// x/2 * (1 + erf(x / sqrt 2)). erf: x * P(x^2) below 1, 1 - 2^(t * Q(t)) above, both minimax with errors near 1e-9.
+inline Vec gelu(Vec x) {
+    const Vec scaled = mul(x, set1(0.70710678118654752f));
+    const Vec square = mul(scaled, scaled);
+    Vec near = set1(7.853903662e-05f);
+    near = fma(near, square, set1(-8.010207675e-04f));
+    near = fma(near, square, set1(5.188329611e-03f));
+    near = fma(near, square, set1(-2.685381286e-02f));
+    near = fma(near, square, set1(1.128358543e-01f));
+    near = fma(near, square, set1(-3.761262596e-01f));
+    near = mul(fma(near, square, set1(1.128379107e+00f)), scaled);
+    const Vec t = min(set1(4.0f), abs(scaled));  // 1 - erf(4) is below a rounding of 1; NaN stays
+    Vec far = set1(-2.457648770e-05f);
+    far = fma(far, t, set1(5.495649530e-04f));
+    far = fma(far, t, set1(-5.596463569e-03f));
+    far = fma(far, t, set1(3.500592709e-02f));
+    far = fma(far, t, set1(-1.541127264e-01f));
+    far = fma(far, t, set1(-9.158148766e-01f));
+    far = fma(far, t, set1(-1.628423572e+00f));
+    far = exp2(mul(far, t));                                     // 1 - erf(|x| / sqrt 2)
+    far = select_greater(x, zero(), sub(set1(2.0f), far), far);  // 1 + erf, without cancellation below zero
+    const Vec one_plus_erf = select_greater(abs(scaled), set1(1.0f), far, add(set1(1.0f), near));
+    return mul(mul(set1(0.5f), x), one_plus_erf);
+}
+
 inline Vec load_float(const float* from) { return load(from); }
 inline Vec load_float(const std::uint16_t* from) { return load_bf16(from); }
 inline void store_float(float* to, Vec value) { store(to, value); }
@@ -139,10 +167,16 @@ inline void lanes_to_rows(const float* from, const float* factor, std::int64_t r
 // The register tile that attention and experts share: rows of one operand are broadcast, the other one's lanes stay in vectors.
 // sums[r][n] += sum over k of a[r * row_stride + k * step] * b[(k * Vectors + n) lanes]. Every sum is one chain in order of k,
 // so a lane's result depends neither on the tile's shape nor on the other lanes.
+// With `ahead`, the cache lines from there on are asked for while this tile is computed, as many bytes as the tile reads of
+// `a`.
 template <int Rows, int Vectors>
 inline __attribute__((always_inline)) void multiply_tile(const float* a, std::int64_t row_stride, std::int64_t step,
-                                                         const float* b, std::int64_t count, Vec (&sums)[Rows][Vectors]) {
+                                                         const float* b, std::int64_t count, Vec (&sums)[Rows][Vectors],
+                                                         const char* ahead = nullptr) {
     for (std::int64_t k = 0; k < count; ++k) {
+        if (ahead != nullptr) {
+            __builtin_prefetch(ahead + k * Rows * 4, 0, 2);
+        }
         Vec lanes[Vectors];
 #pragma GCC unroll 4
         for (int n = 0; n < Vectors; ++n) {
@@ -163,8 +197,12 @@ inline __attribute__((always_inline)) void multiply_tile(const float* a, std::in
 // The same over pairs of bf16: a and b hold two neighbours in k per 32-bit word, `count` counts pairs.
 template <int Rows, int Vectors>
 inline __attribute__((always_inline)) void multiply_tile(const std::uint32_t* a, std::int64_t row_stride, std::int64_t step,
-                                                         const float* b, std::int64_t count, Vec (&sums)[Rows][Vectors]) {
+                                                         const float* b, std::int64_t count, Vec (&sums)[Rows][Vectors],
+                                                         const char* ahead = nullptr) {
     for (std::int64_t k = 0; k < count; ++k) {
+        if (ahead != nullptr) {
+            __builtin_prefetch(ahead + k * Rows * 4, 0, 2);
+        }
         Vec lanes[Vectors];
 #pragma GCC unroll 4
         for (int n = 0; n < Vectors; ++n) {

@@ -34,9 +34,6 @@ inline Vec blend(VecInt mask, Vec yes, Vec no) { return reinterpret_cast<Vec>((m
 inline Vec max(Vec a, Vec b) { return blend(a > b, a, b); }
 inline Vec min(Vec a, Vec b) { return blend(a < b, a, b); }
 inline Vec abs(Vec a) { return reinterpret_cast<Vec>((VecInt)a & 0x7fffffff); }
-inline Vec copy_sign(Vec magnitude, Vec sign) {
-    return reinterpret_cast<Vec>(((VecInt)magnitude & 0x7fffffff) | ((VecInt)sign & ~0x7fffffff));
-}
 inline Vec select_greater(Vec a, Vec b, Vec yes, Vec no) { return blend(a > b, yes, no); }
 inline Vec zero_where_minus_infinity(Vec a) { return blend(a == set1(-__builtin_inff()), zero(), a); }
 inline Vec round(Vec a) {
@@ -60,11 +57,6 @@ inline void store_bf16(std::uint16_t* to, Vec value) {
         const float single = value[lane];
         std::memcpy(&bits, &single, sizeof(bits));
         to[lane] = single != single ? 0x7fc0 : static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-    }
-}
-inline void load_int8(const std::int8_t* from, Vec* to) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-        (*to)[lane] = static_cast<float>(from[lane]);
     }
 }
 
