@@ -173,7 +173,7 @@ def test_native_activations_at_their_ends(isa: str) -> None:
 @needs_native
 def test_native_slots_of_no_expert_are_zero_and_views_are_read_right() -> None:
     x, weights = _random(0, 4, WIDTH), _experts("glu_silu", 2, WIDTH, HIDDEN, bias=False)
-    offsets, order = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([3, 0], dtype=torch.int32)
+    offsets, order = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([3, 0, 0, 0], dtype=torch.int32)
     factors = torch.ones((4, 1))
     expected = grouped_experts(x, offsets, order, factors, *weights)
     torch.testing.assert_close(native(x, offsets, order, factors, *weights), expected, atol=1e-6, rtol=1e-6)

@@ -33,6 +33,10 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(set1(-0.0f), a); }
+inline Vec select_greater(Vec a, Vec b, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+inline Vec zero_where_minus_infinity(Vec a) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(a, set1(-__builtin_inff()), _CMP_EQ_OQ), a);
+}
 inline Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // 2^n for integral n in [-126, 128]; 2^128 is infinity.
 inline Vec power_of_two(Vec n) {

@@ -39,6 +39,9 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Vec abs(Vec a) { return _mm512_andnot_ps(set1(-0.0f), a); }
+inline Vec select_greater(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
+}
 inline Vec zero_where_minus_infinity(Vec a) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, set1(-__builtin_inff()), _CMP_NEQ_UQ), a);
 }

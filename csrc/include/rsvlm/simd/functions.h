@@ -46,7 +46,7 @@ inline Vec gelu(Vec x) {
     near = fma(near, square, set1(1.128358543e-01f));
     near = fma(near, square, set1(-3.761262596e-01f));
     near = mul(fma(near, square, set1(1.128379107e+00f)), scaled);
-    const Vec t = min(set1(4.0f), abs(scaled));  // 1 - erf(4) is below a rounding of 1; NaN stays
+    const Vec t = min(set1(4.0f), abs(scaled));  // above, 1 - erf is below a rounding of 1 and counts as 0
     Vec far = set1(-2.457648770e-05f);
     far = fma(far, t, set1(5.495649530e-04f));
     far = fma(far, t, set1(-5.596463569e-03f));
@@ -54,8 +54,9 @@ inline Vec gelu(Vec x) {
     far = fma(far, t, set1(-1.541127264e-01f));
     far = fma(far, t, set1(-9.158148766e-01f));
     far = fma(far, t, set1(-1.628423572e+00f));
-    far = exp2(mul(far, t));                                     // 1 - erf(|x| / sqrt 2)
-    far = select_greater(x, zero(), sub(set1(2.0f), far), far);  // 1 + erf, without cancellation below zero
+    far = select_greater(set1(4.0f), abs(scaled), exp2(mul(far, t)), zero());  // 1 - erf(|x| / sqrt 2)
+    // 1 + erf without cancellation below zero
+    far = select_greater(x, zero(), sub(set1(2.0f), far), far);
     const Vec one_plus_erf = select_greater(abs(scaled), set1(1.0f), far, add(set1(1.0f), near));
     return mul(mul(set1(0.5f), x), one_plus_erf);
 }
