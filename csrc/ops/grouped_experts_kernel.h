@@ -269,11 +269,7 @@ void combine(const float* slots, std::int64_t tokens, std::int64_t k, std::int64
                 const float* from = slots + slot * width + i;
                 sum = add(sum, present == kLanes ? load(from) : load_partly(from, present));
             }
-            if (present == kLanes) {
-                store_float(out + i, sum);
-            } else {
-                store_partly(out + i, sum, present);
-            }
+            store_first(out + i, sum, present);
         }
     }
 }

@@ -7,5 +7,6 @@ PYBIND11_MODULE(_C, module) {
     rsvlm::python::register_pack_tiles(module);
     rsvlm::python::register_varlen_tile_attention(module);
     rsvlm::python::register_grouped_experts(module);
+    rsvlm::python::register_weight_matmul(module);
     rsvlm::python::register_route(module);
 }

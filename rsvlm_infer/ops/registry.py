@@ -29,6 +29,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "rms_norm": (),
     "rope": (),
     "decode_attention": (),
+    "weight_matmul": ("native",),
 }
 
 

@@ -62,6 +62,24 @@ inline void store_bf16(std::uint16_t* to, Vec value) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
 }
 
+inline Vec load_int8(const std::int8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+inline Vec load_half(const std::uint16_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+// Eight 4-bit codes per lane, each the value plus 8. code_at reads the one at bits 4 j, j in 0..4, as a float without a shift:
+// under the exponent 23 - 4 j the field counts units, and the subtraction of the rest is exact.
+using Words = __m256i;
+inline Words load_words(const char* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+inline Words drop_five_codes(Words words) { return _mm256_srli_epi32(words, 20); }
+inline Vec code_at(Words words, int j) {
+    const __m256i code = _mm256_and_si256(words, _mm256_set1_epi32(15 << (4 * j)));
+    const __m256i bits = _mm256_or_si256(code, _mm256_set1_epi32((150 - 4 * j) << 23));
+    return _mm256_sub_ps(_mm256_castsi256_ps(bits), set1(static_cast<float>((1 << (23 - 4 * j)) + 8)));
+}
+
 inline void transpose(Vec (&rows)[kLanes]) {
     Vec pairs[kLanes];
     for (int i = 0; i < 8; i += 4) {  // two by two, then four by four inside 128-bit lanes

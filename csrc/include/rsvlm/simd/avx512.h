@@ -61,6 +61,23 @@ inline void store_bf16(std::uint16_t* to, Vec value) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
 }
 
+inline Vec load_int8(const std::int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+inline Vec load_half(const std::uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+// Eight 4-bit codes per lane, each the value plus 8. code_at reads the one at bits 4 j, j in 0..4, as a float.
+using Words = __m512i;
+inline Words load_words(const char* from) { return _mm512_loadu_si512(from); }
+inline Words drop_five_codes(Words words) { return _mm512_srli_epi32(words, 20); }
+inline Vec code_at(Words words, int j) {
+    // a table of 16 floats in one register; the permute looks at the lowest 4 bits of a lane only
+    const Vec table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), table);
+}
+
 inline void transpose(Vec (&rows)[kLanes]) {
     Vec quads[kLanes];
     for (int i = 0; i < 16; i += 4) {  // four by four inside 128-bit lanes
@@ -96,6 +113,15 @@ inline Vec pair_rows(const std::uint16_t* low, const std::uint16_t* high) {
     const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
     const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
     return _mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+}
+// Codes j and j + 4 of each lane, j in 0..3, as a pair of bf16: a table of 32 halves in one register, of which a half's lowest
+// 5 bits choose, so the table is there twice and the fifth bit does not matter.
+inline Vec code_pair(Words words, int j) {
+    const __m512i eight = _mm512_setr_epi32(static_cast<int>(0xc0e0c100), static_cast<int>(0xc0a0c0c0),
+                                            static_cast<int>(0xc040c080), static_cast<int>(0xbf80c000), 0x3f800000, 0x40404000,
+                                            0x40a04080, 0x40e040c0, 0, 0, 0, 0, 0, 0, 0, 0);  // -8 .. 7
+    const __m512i table = _mm512_shuffle_i64x2(eight, eight, 0x44);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(words, 4 * j), table));
 }
 inline Vec dot_pairs(Vec sum, Vec a, Vec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 #endif

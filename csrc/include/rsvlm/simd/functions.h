@@ -104,6 +104,16 @@ inline void store_partly(std::uint16_t* to, Vec value, std::int64_t count) {
     }
 }
 
+// The first `count` lanes, 1..kLanes.
+template <class T>
+inline void store_first(T* to, Vec value, std::int64_t count) {
+    if (count == kLanes) {
+        store_float(to, value);
+    } else {
+        store_partly(to, value, count);
+    }
+}
+
 template <class T>
 inline Vec load_partly(const T* from, std::int64_t count) {
     float lanes[kLanes];
@@ -155,11 +165,7 @@ inline void lanes_to_rows(const float* from, const float* factor, std::int64_t r
             transpose(block);
             for (std::int64_t i = 0; i < present; ++i) {
                 T* target = row_of(row + i) + column;
-                if (width == kLanes) {
-                    store_float(target, block[i]);
-                } else {
-                    store_partly(target, block[i], width);
-                }
+                store_first(target, block[i], width);
             }
         }
     }

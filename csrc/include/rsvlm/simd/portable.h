@@ -60,6 +60,39 @@ inline void store_bf16(std::uint16_t* to, Vec value) {
     }
 }
 
+inline Vec load_int8(const std::int8_t* from) {
+    Vec value;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        value[lane] = static_cast<float>(from[lane]);
+    }
+    return value;
+}
+// float16 to float32, exact: the exponent is moved by a multiplication, which also normalises denormals.
+inline Vec load_half(const std::uint16_t* from) {
+    VecInt bits, signs;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        bits[lane] = (from[lane] & 0x7fff) << 13;
+        signs[lane] = static_cast<std::int32_t>(static_cast<std::uint32_t>(from[lane] & 0x8000) << 16);
+    }
+    const Vec scaled = reinterpret_cast<Vec>(bits) * set1(0x1p+112f);
+    const VecInt special = bits >= (0x7c00 << 13);  // infinity or NaN keep their mantissa below a full exponent
+    return reinterpret_cast<Vec>(((special & (bits | 0x7f800000)) | (~special & (VecInt)scaled)) | signs);
+}
+
+// Eight 4-bit codes per lane, each the value plus 8. code_at reads the one at bits 4 j, j in 0..4, as a float without a shift:
+// under the exponent 23 - 4 j the field counts units, and the subtraction of the rest is exact.
+using Words = VecInt;
+inline Words load_words(const char* from) {
+    Words words;
+    std::memcpy(&words, from, sizeof(words));
+    return words;
+}
+inline Words drop_five_codes(Words words) { return words >> 20; }
+inline Vec code_at(Words words, int j) {
+    const VecInt bits = (words & (15 << (4 * j))) | ((150 - 4 * j) << 23);
+    return reinterpret_cast<Vec>(bits) - set1(static_cast<float>((1 << (23 - 4 * j)) + 8));
+}
+
 inline void transpose(Vec (&rows)[kLanes]) {
     const Vec a = rows[0], b = rows[1], c = rows[2], d = rows[3];
     for (int i = 0; i < kLanes; ++i) {
