@@ -70,3 +70,35 @@ def lay_out_weight(*, kind: str, rows: int, columns: int, wide_scales: bool, cod
 def weight_matmul(
     *, kind: str, rows: int, columns: int, wide_scales: bool, layout: int, x: int, tokens: int, dtype: str, out: int
 ) -> None: ...
+def rms_norm(*, x: int, weight: int, rows: int, width: int, eps: float, dtype: str, out: int) -> None: ...
+def rope(
+    *,
+    x: int,
+    token_stride: int,
+    cosines: int,
+    sines: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    dtype: str,
+    out: int,
+) -> None: ...
+def decode_attention(
+    *,
+    q: int,
+    k: int,
+    v: int,
+    positions: int,
+    mask: int,
+    out: int,
+    q_strides: Sequence[int],
+    k_strides: Sequence[int],
+    v_strides: Sequence[int],
+    batch: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    capacity: int,
+    head_dim: int,
+    dtype: str,
+) -> None: ...

@@ -17,8 +17,9 @@ struct AttentionPart {
     void* out;
     std::int64_t q_row_stride, k_row_stride, v_row_stride, out_row_stride;  // in elements
     std::int64_t queries, keys, head_dim;
-    float scale;     // log2(e) included
-    float* scratch;  // attention_scratch_floats(keys, head_dim) floats
+    float scale;                    // log2(e) included
+    float* scratch;                 // attention_scratch_floats(keys, head_dim) floats
+    const float* limits = nullptr;  // how many keys each query may see (a prompt's causal mask); null = all of them
 };
 
 constexpr std::int64_t kAttentionLanes = 48;  // most queries in flight: 3 vectors of 16
@@ -147,6 +148,22 @@ inline void exponentiate(const float* scores, std::int64_t keys, const Vec (&max
 }
 #endif
 
+// Sets scores of keys beyond each query's limit to -infinity, and `largest` to what is left, starting from `before`.
+template <int Vectors>
+inline void hide_keys(const float* limits, std::int64_t first, std::int64_t keys, float* scores, Vec (&largest)[Vectors],
+                      const Vec (&before)[Vectors]) {
+    for (int n = 0; n < Vectors; ++n) {
+        largest[n] = before[n];
+        const Vec limit = load(limits + n * kLanes);
+        for (std::int64_t i = 0; i < keys; ++i) {
+            float* at = scores + (i * Vectors + n) * kLanes;
+            const Vec score = select_greater(limit, set1(static_cast<float>(first + i)), load(at), set1(-__builtin_inff()));
+            store(at, score);
+            largest[n] = max(score, largest[n]);
+        }
+    }
+}
+
 template <class T, class Operands, int Vectors>
 void attend(const AttentionPart& part, std::int64_t first, std::int64_t queries, const typename Operands::Value* keys,
             const typename Operands::Value* values, float* scratch) {
@@ -160,6 +177,10 @@ void attend(const AttentionPart& part, std::int64_t first, std::int64_t queries,
     const T* q = static_cast<const T*>(part.q) + first * part.q_row_stride;
     Operands::pack_queries(q, part.q_row_stride, queries, dim, kWidth, lanes);
     const Vec scale = set1(part.scale);
+    float limits[kWidth];
+    for (std::int64_t i = 0; part.limits != nullptr && i < kWidth; ++i) {
+        limits[i] = i < queries ? part.limits[first + i] : 1.0f;
+    }
     Vec maximum[Vectors], sum[Vectors];
     for (int n = 0; n < Vectors; ++n) {
         maximum[n] = set1(-__builtin_inff());
@@ -189,6 +210,9 @@ void attend(const AttentionPart& part, std::int64_t first, std::int64_t queries,
                     largest[n] = r < present ? max(score, largest[n]) : largest[n];
                 }
             }
+        }
+        if (part.limits != nullptr) {
+            hide_keys<Vectors>(limits, key, count, scores, largest, maximum);
         }
         for (int n = 0; n < Vectors; ++n) {
             // all scores -infinity so far: subtract 0, so that a later finite score still counts and none gives 0 / 0 = NaN

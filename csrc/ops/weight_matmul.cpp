@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "rsvlm/bfloat16.h"
 #include "rsvlm/cpu.h"
 #include "rsvlm/scratch.h"
 #include "weight_matmul_kernel.h"
@@ -35,13 +36,6 @@ Kernel choose_kernel(bool paired) {
             (void)paired;
             return portable::weight_matmul_part;
     }
-}
-
-float widen(std::uint16_t bf16) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(bf16) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
 }
 
 }  // namespace

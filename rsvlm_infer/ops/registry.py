@@ -26,9 +26,9 @@ OPS: dict[str, tuple[str, ...]] = {
     "varlen_tile_attention": ("native",),
     "route": ("native",),
     "grouped_experts": ("native",),
-    "rms_norm": (),
-    "rope": (),
-    "decode_attention": (),
+    "rms_norm": ("native",),
+    "rope": ("native",),
+    "decode_attention": ("native",),
     "weight_matmul": ("native",),
 }
 
