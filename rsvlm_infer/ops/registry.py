@@ -23,12 +23,13 @@ OPS: dict[str, tuple[str, ...]] = {
     "complexity_map": ("native",),
     "pack_tiles": ("native",),
     "cue_search": (),
-    "varlen_tile_attention": (),
-    "route": (),
-    "grouped_experts": (),
-    "rms_norm": (),
-    "rope": (),
-    "decode_attention": (),
+    "varlen_tile_attention": ("native",),
+    "route": ("native",),
+    "grouped_experts": ("native",),
+    "rms_norm": ("native",),
+    "rope": ("native",),
+    "decode_attention": ("native",),
+    "weight_matmul": ("native",),
 }
 
 
