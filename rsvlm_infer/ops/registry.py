@@ -23,7 +23,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "complexity_map": ("native",),
     "pack_tiles": ("native",),
     "cue_search": (),
-    "varlen_tile_attention": (),
+    "varlen_tile_attention": ("triton",),
     "route": (),
     "grouped_experts": (),
     "rms_norm": (),
