@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from rsvlm_infer.kernels.triton.configs import Config, attention_config
-from rsvlm_infer.kernels.triton.launch import FAMILIES
+from rsvlm_infer.kernels.triton.configs import Config, attention_config, experts_config
+from rsvlm_infer.kernels.triton.grouped_experts import COMBINE_BLOCK
+from rsvlm_infer.kernels.triton.launch import FAMILIES, next_power_of_2
+from rsvlm_infer.kernels.triton.route import COUNTS_AT_ONCE, tokens_per_block
 from rsvlm_infer.kernels.triton.varlen_tile_attention import split_head
 
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -30,7 +32,8 @@ class Spec:
     constants: dict[str, Any]
     config: Config
     types: dict[str, str] = field(default_factory=dict)  # argument -> type, where the rule of `signature` does not hold
-    odd: tuple[str, ...] = ()  # integers that are not multiples of 16
+    odd: tuple[str, ...] = ()  # strides that are not multiples of 16
+    multiples: tuple[str, ...] = ()  # other integers that are
 
     def signature(self) -> dict[str, str]:
         """Argument -> triton type: pointers by their name, everything else a 32-bit integer."""
@@ -44,7 +47,7 @@ class Spec:
         """What triton finds out about aligned pointers and about strides that are multiples of 16."""
         aligned = {}
         for index, (name, kind) in enumerate(self.signature().items()):
-            if kind.startswith("*") or (name.endswith("stride") and name not in self.odd):
+            if kind.startswith("*") or name in self.multiples or (name.endswith("stride") and name not in self.odd):
                 aligned[(index,)] = [["tt.divisibility", 16]]
         return aligned
 
@@ -54,6 +57,8 @@ def specs(chips: tuple[int, ...]) -> Iterator[Spec]:
     for chip in chips:
         family = FAMILIES[divmod(chip, 10)]
         yield from _attention(chip, family)
+        yield from _route(chip)
+        yield from _experts(chip, family)
 
 
 def _attention(chip: int, family: str) -> Iterator[Spec]:
@@ -86,3 +91,58 @@ def _attention(chip: int, family: str) -> Iterator[Spec]:
         config = Config(block, 0, 0, 4, 3)
         constants = {"BLOCK_M": block, "TILES": SCHEDULE_TILES, "CHUNK": SCHEDULE_CHUNK}
         yield Spec("attention_schedule", "", "i32", chip, schedule_kernel, constants, config)
+
+
+def _route(chip: int) -> Iterator[Spec]:
+    from rsvlm_infer.kernels.triton.jit.route import place_kernel, select_kernel
+
+    integers = {"choice_ptr": "*i32", "counts_ptr": "*i32", "expert_offsets_ptr": "*i32", "permutation_ptr": "*i32"}
+    for experts, k in ((12, 2), (192, 8)):
+        block, padded = tokens_per_block(experts), next_power_of_2(experts)
+        config = Config(block, padded, 0, 4, 3)
+        common = {"K": k, "EXPERTS": padded, "BLOCK": block}
+        selection = {**common, "K_SLOTS": next_power_of_2(k), "LEVELS": 3, "GROUP": experts // 3}
+        types = {**integers, "level_offsets_ptr": "*i32"}
+        variant = f"e{experts} k{k}"
+        odd = ("logits_row_stride",) if experts % 16 else ()
+        yield Spec("route_select", variant, "fp32", chip, select_kernel, selection, config, types, odd)
+        yield Spec("route_place", variant, "i32", chip, place_kernel, {**common, "PROGRAMS": COUNTS_AT_ONCE}, config, integers)
+
+
+def _experts(chip: int, family: str) -> Iterator[Spec]:
+    from rsvlm_infer.kernels.triton.jit.grouped_experts import combine_kernel, down_kernel, up_kernel
+
+    types = {"expert_offsets_ptr": "*i32", "permutation_ptr": "*i32", "weights_ptr": "*fp32"}
+    for dtype in ("fp16", "bf16", "fp32"):
+        up, down = experts_config(family, TORCH[dtype])
+        shared = {"EXPERTS": 16, "EVEN": True, "EXACT": dtype == "fp32"}
+        # widths of real models are multiples of 16, so that rows of weights are read 16 bytes at a time
+        for variant, gated, permuted, even in (
+            ("glu", True, True, True),
+            ("glu ragged", True, True, False),
+            ("gelu", False, False, True),
+        ):
+            constants = {**shared, **_blocks(up), "EVEN": even, "PERMUTED": permuted, "GATED": gated, "HAS_BIAS": not gated}
+            yield Spec("experts_up", variant, dtype, chip, up_kernel, constants, up, types, multiples=("width", "hidden"))
+        for variant, weighted, gather, permuted in (
+            ("slots", False, False, True),
+            ("weighted", True, False, True),
+            ("affine", True, True, True),
+            ("level", False, False, False),
+        ):
+            constants = {
+                **shared,
+                **_blocks(down),
+                "PERMUTED": permuted,
+                "GATHER": gather,
+                "WEIGHTED": weighted,
+                "HAS_BIAS": gather,
+            }
+            yield Spec("experts_down", variant, dtype, chip, down_kernel, constants, down, types, multiples=("width", "hidden"))
+        constants = {"K": 2, "BLOCK": COMBINE_BLOCK}
+        config = Config(COMBINE_BLOCK, 0, 0, 4, 3)
+        yield Spec("experts_combine", "k2", dtype, chip, combine_kernel, constants, config, types, multiples=("width",))
+
+
+def _blocks(config: Config) -> dict[str, int]:
+    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}

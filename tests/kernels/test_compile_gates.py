@@ -1,4 +1,4 @@
-"""The table of compiled kernels is complete, within every chip's limits, and what the compiler gives today (one chip; `make gates` = all)."""
+"""The table of compiled kernels is complete, within every limit, and what the compiler gives today (one chip; `make gates`: all)."""
 
 from __future__ import annotations
 

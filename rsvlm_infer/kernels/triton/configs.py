@@ -42,14 +42,15 @@ _ATTENTION_HALF = {
 # float32 is exact ("ieee"): no tensor cores, operands live in registers
 _ATTENTION_FLOAT = Config(64, 32, 0, 8, 1)
 
+# family -> (gate and up, down); both have the same row blocks. Gate and up make two products of block_n columns each.
 _EXPERTS_HALF = {
-    "sm80": Config(64, 64, 64, 4, 3),
-    "sm86": Config(64, 64, 32, 4, 3),
-    "sm90": Config(64, 64, 64, 4, 3),
-    "sm100": Config(64, 64, 64, 4, 3),
-    "sm120": Config(64, 64, 32, 4, 3),
+    "sm80": (Config(64, 64, 64, 4, 3), Config(64, 128, 64, 4, 3)),
+    "sm86": (Config(64, 64, 32, 4, 3), Config(64, 128, 32, 4, 3)),
+    "sm90": (Config(128, 64, 64, 8, 3), Config(128, 128, 64, 8, 3)),
+    "sm100": (Config(128, 64, 64, 8, 3), Config(128, 128, 64, 8, 3)),
+    "sm120": (Config(64, 64, 32, 4, 3), Config(64, 128, 32, 4, 3)),
 }
-_EXPERTS_FLOAT = Config(32, 32, 32, 4, 1)
+_EXPERTS_FLOAT = (Config(32, 32, 32, 4, 1), Config(32, 32, 32, 4, 1))
 
 # entries of the cache per program of the split; fixed, so that neither batch nor capacity moves a border between sums
 DECODE_SPLIT = 256
@@ -68,10 +69,10 @@ def attention_config(family: str, dtype: torch.dtype, columns: int) -> Config:
     return next(config for width, config in _ATTENTION_HALF[family].items() if columns <= width)
 
 
-def experts_config(family: str, dtype: torch.dtype) -> Config:
-    """Of both matrix products of grouped_experts."""
+def experts_config(family: str, dtype: torch.dtype) -> tuple[Config, Config]:
+    """Of the two matrix products of grouped_experts: gate and up, down."""
     if family not in FAMILY_NAMES:
-        return INTERPRETED_CONFIG
+        return INTERPRETED_CONFIG, INTERPRETED_CONFIG
     return _EXPERTS_FLOAT if dtype == torch.float32 else _EXPERTS_HALF[family]
 
 
