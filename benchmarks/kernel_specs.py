@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from rsvlm_infer.kernels.triton.configs import Config, attention_config, experts_config
+from rsvlm_infer.kernels.triton.configs import (
+    DECODE_SPLIT,
+    Config,
+    attention_config,
+    decode_config,
+    experts_config,
+    prefill_config,
+)
 from rsvlm_infer.kernels.triton.grouped_experts import COMBINE_BLOCK
 from rsvlm_infer.kernels.triton.launch import FAMILIES, next_power_of_2
 from rsvlm_infer.kernels.triton.route import COUNTS_AT_ONCE, tokens_per_block
@@ -59,6 +66,7 @@ def specs(chips: tuple[int, ...]) -> Iterator[Spec]:
         yield from _attention(chip, family)
         yield from _route(chip)
         yield from _experts(chip, family)
+        yield from _decode_path(chip, family)
 
 
 def _attention(chip: int, family: str) -> Iterator[Spec]:
@@ -142,6 +150,80 @@ def _experts(chip: int, family: str) -> Iterator[Spec]:
         constants = {"K": 2, "BLOCK": COMBINE_BLOCK}
         config = Config(COMBINE_BLOCK, 0, 0, 4, 3)
         yield Spec("experts_combine", "k2", dtype, chip, combine_kernel, constants, config, types, multiples=("width",))
+
+
+def _decode_path(chip: int, family: str) -> Iterator[Spec]:
+    from rsvlm_infer.kernels.triton.jit.quantized_linear import quantized_linear_kernel
+    from rsvlm_infer.kernels.triton.jit.rms_norm import rms_norm_kernel
+    from rsvlm_infer.kernels.triton.jit.rope import rope_append_kernel, rope_kernel
+    from rsvlm_infer.kernels.triton.quantized_linear import BLOCK_K, BLOCK_N, WARPS
+    from rsvlm_infer.kernels.triton.rms_norm import warps_of
+
+    for dtype in ("fp16", "bf16", "fp32"):
+        for width, added in ((576, False), (4096, True)):
+            constants = {"ADD": added, "BLOCK": next_power_of_2(width)}
+            config = Config(constants["BLOCK"], 0, 0, warps_of(width), 3)
+            variant = f"d{width}{'+add' if added else ''}"
+            yield Spec(
+                "rms_norm", variant, dtype, chip, rms_norm_kernel, constants, config, {"eps": "fp32"}, multiples=("width",)
+            )
+        types = {"positions_ptr": "*i64", "frequencies_ptr": "*fp32"}
+        for heads, kv_heads in ((32, 8),):
+            constants = {"HEADS": next_power_of_2(heads), "HALF": 32, "HALF_BLOCK": 32}
+            config = Config(constants["HEADS"], 32, 0, 4, 3)
+            yield Spec("rope", f"h{heads}", dtype, chip, rope_kernel, constants, config, types)
+            constants = {**constants, "KV_HEADS": next_power_of_2(kv_heads)}
+            yield Spec("rope_append", f"h{heads}:{kv_heads}", dtype, chip, rope_append_kernel, constants, config, types)
+        yield from _cache_attention(chip, family, dtype)
+        for packed in (True, False):
+            constants = {"PACKED": packed, "HAS_BIAS": False, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
+            config = Config(0, BLOCK_N, BLOCK_K, WARPS, 3)
+            types = {"codes_ptr": "*u8" if packed else "*i8"}
+            variant = "int4" if packed else "int8"
+            multiples = ("code_columns", "group")
+            yield Spec(
+                "quantized_linear", variant, dtype, chip, quantized_linear_kernel, constants, config, types, (), multiples
+            )
+
+
+def _cache_attention(chip: int, family: str, dtype: str) -> Iterator[Spec]:
+    from rsvlm_infer.kernels.triton.jit.decode_attention import cache_attention_kernel, join_kernel
+
+    floats = {"peaks_ptr": "*fp32", "masses_ptr": "*fp32"}
+    for head_dim in (64, 128):
+        decode, prefill = decode_config(family, TORCH[dtype]), prefill_config(family, TORCH[dtype], head_dim)
+        variants = [("decode split", decode, DECODE_SPLIT, False), ("prefill", prefill, 0, False)]
+        if head_dim == 64:
+            variants += [("decode", decode, 0, False), ("prefill masked", prefill, 0, True)]
+        for variant, config, split, masked in variants:
+            constants = {
+                "HEAD_DIM": head_dim,
+                "COLUMNS": head_dim,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "SPLIT_LENGTH": split,
+                "MASKED": masked,
+                "EXACT": dtype == "fp32",
+            }
+            types = {**floats, "positions_ptr": "*i64", "mask_ptr": "*u8", "scale_log2": "fp32"}
+            if split:
+                types["out_ptr"] = "*fp32"
+            odd = ("mask_batch_stride", "mask_row_stride")
+            yield Spec(
+                "cache_attention", f"d{head_dim} {variant}", dtype, chip, cache_attention_kernel, constants, config, types, odd
+            )
+        config = Config(1, head_dim, 0, 1, 3)
+        constants = {"HEAD_DIM": head_dim, "COLUMNS": head_dim}
+        yield Spec(
+            "cache_attention_join",
+            f"d{head_dim}",
+            dtype,
+            chip,
+            join_kernel,
+            constants,
+            config,
+            {**floats, "parts_ptr": "*fp32"},
+        )
 
 
 def _blocks(config: Config) -> dict[str, int]:

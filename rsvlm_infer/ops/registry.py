@@ -26,9 +26,10 @@ OPS: dict[str, tuple[str, ...]] = {
     "varlen_tile_attention": ("triton",),
     "route": ("triton",),
     "grouped_experts": ("triton",),
-    "rms_norm": (),
-    "rope": (),
-    "decode_attention": (),
+    "rms_norm": ("triton",),
+    "rope": ("triton",),
+    "decode_attention": ("triton",),
+    "quantized_linear": ("triton",),
 }
 
 

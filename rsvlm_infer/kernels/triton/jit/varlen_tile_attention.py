@@ -56,7 +56,7 @@ def schedule_kernel(
 
 
 @triton.jit
-def _exact_scores(
+def exact_scores(
     q_rows, k_rows, q_bias_ptr, own, exists, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def _attend(
     k_rows = k_ptr + keys[None, :] * k_row_stride
     v_rows = v_ptr + keys[:, None] * v_row_stride
     if EXACT:
-        scores = _exact_scores(q_rows, k_rows, q_bias_ptr, own, exists, BLOCK_M, BLOCK_N, HEAD_DIM, 16, HAS_BIAS)
+        scores = exact_scores(q_rows, k_rows, q_bias_ptr, own, exists, BLOCK_M, BLOCK_N, HEAD_DIM, 16, HAS_BIAS)
     else:
         if WHOLE and WIDE <= HEAD_DIM:
             k1 = tl.load(k_rows + wide[:, None])
@@ -143,7 +143,7 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    EXACT: tl.constexpr,  # float32, see _exact_scores
+    EXACT: tl.constexpr,  # float32, see exact_scores
     UNIT: tl.constexpr,  # head strides come divided by it
 ):
     """One query block of one head per program; heads of one block are neighbours, because their keys share cache lines."""
