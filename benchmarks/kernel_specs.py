@@ -191,7 +191,7 @@ def _cache_attention(chip: int, family: str, dtype: str) -> Iterator[Spec]:
 
     floats = {"peaks_ptr": "*fp32", "masses_ptr": "*fp32"}
     for head_dim in (64, 128):
-        decode, prefill = decode_config(family, TORCH[dtype]), prefill_config(family, TORCH[dtype], head_dim)
+        decode, prefill = decode_config(family, TORCH[dtype]), prefill_config(family, TORCH[dtype])
         variants = [("decode split", decode, DECODE_SPLIT, False), ("prefill", prefill, 0, False)]
         if head_dim == 64:
             variants += [("decode", decode, 0, False), ("prefill masked", prefill, 0, True)]

@@ -54,10 +54,11 @@ _EXPERTS_FLOAT = (Config(32, 32, 32, 4, 1), Config(32, 32, 32, 4, 1))
 
 # entries of the cache per program of the split; fixed, so that neither batch nor capacity moves a border between sums
 DECODE_SPLIT = 256
-_DECODE_HALF = {"sm80": Config(16, 64, 0, 4, 2), "sm90": Config(16, 64, 0, 4, 2)}
-_DECODE_FLOAT = Config(16, 32, 0, 4, 1)
-_PREFILL_HALF = {True: Config(64, 64, 0, 4, 2), False: Config(64, 32, 0, 4, 2)}
-_PREFILL_FLOAT = {True: Config(32, 32, 0, 4, 1), False: Config(32, 32, 0, 8, 1)}
+_DECODE_HALF = Config(16, 64, 0, 4, 2)
+_DECODE_FLOAT = Config(16, 32, 0, 8, 1)
+# 64 x 64 would spill on sm_80 with an explicit mask
+_PREFILL_HALF = Config(64, 32, 0, 4, 2)
+_PREFILL_FLOAT = Config(32, 32, 0, 8, 1)  # four warps would spill
 
 
 def attention_config(family: str, dtype: torch.dtype, columns: int) -> Config:
@@ -80,11 +81,11 @@ def decode_config(family: str, dtype: torch.dtype) -> Config:
     """Of decode_attention with one new token: `block_m` query heads of one key head, `block_n` entries of the cache."""
     if family not in FAMILY_NAMES:
         return INTERPRETED_CONFIG
-    return _DECODE_FLOAT if dtype == torch.float32 else _DECODE_HALF.get(family, _DECODE_HALF["sm80"])
+    return _DECODE_FLOAT if dtype == torch.float32 else _DECODE_HALF
 
 
-def prefill_config(family: str, dtype: torch.dtype, columns: int) -> Config:
+def prefill_config(family: str, dtype: torch.dtype) -> Config:
     """Of decode_attention with several new tokens."""
     if family not in FAMILY_NAMES:
         return INTERPRETED_CONFIG
-    return (_PREFILL_FLOAT if dtype == torch.float32 else _PREFILL_HALF)[columns <= 64]
+    return _PREFILL_FLOAT if dtype == torch.float32 else _PREFILL_HALF

@@ -62,7 +62,7 @@ def decode_attention(
     q, k_cache, v_cache = unit_stride(q), unit_stride(k_cache), unit_stride(v_cache)
     flags = q if mask is None else unit_stride(mask).view(torch.uint8)
     family, group, columns = chip_family(q.device), heads // kv_heads, max(16, next_power_of_2(head_dim))
-    config = decode_config(family, q.dtype) if new == 1 else prefill_config(family, q.dtype, columns)
+    config = decode_config(family, q.dtype) if new == 1 else prefill_config(family, q.dtype)
     # Borders between ranges are fixed places in the cache: empty ranges add exact zeros, so capacity does not move a bit.
     splits = -(-capacity // DECODE_SPLIT) if new == 1 and capacity > DECODE_SPLIT else 1
     rows = batch * new * heads
