@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rsvlm_infer.ops.decode_attention import decode_attention
 from rsvlm_infer.ops.grouped_experts import grouped_experts
-from rsvlm_infer.ops.quantized_linear import dequantize_weight, quantized_linear
 from rsvlm_infer.ops.rms_norm import rms_norm
 from rsvlm_infer.ops.rope import rope
+from rsvlm_infer.ops.weight_matmul import PackedWeight, dequantise, weight_matmul
 
 Run = Callable[[], Any]
 FLEX_LARGEST = 65536  # patches; a mask of more blocks takes longer to make than this whole suite
@@ -188,16 +188,15 @@ def decode_baselines(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Ten
     return _eager_and_compiled(decode_attention, q, k_cache, v_cache, positions)
 
 
-def linear_baselines(x: Tensor, codes: Tensor, scales: Tensor) -> dict[str, Callable[[], Run]]:
-    """The weight in x's dtype, and decoded inside of a compiled function."""
-    weight = dequantize_weight(codes, scales).to(x.dtype)
+def linear_baselines(x: Tensor, packed: PackedWeight) -> dict[str, Callable[[], Run]]:
+    """The definition, the same decoded inside of a compiled function, and the weight in x's dtype."""
+    weight, codes, scales = dequantise(packed).to(x.dtype), packed.codes, packed.scales
 
     def decoded(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-        return F.linear(x, dequantize_weight(codes, scales).to(x.dtype))
+        return F.linear(x, dequantise(PackedWeight(packed.kind, codes, scales)).to(x.dtype))
 
-    fused = _eager_and_compiled(decoded, x, codes, scales)
     return {
-        "torch eager": lambda: lambda: quantized_linear(x, codes, scales),
-        "torch.compile": fused["torch.compile"],
+        "torch eager": lambda: lambda: weight_matmul(x, packed),
+        "torch.compile": _eager_and_compiled(decoded, x, codes, scales)["torch.compile"],
         "linear in the full dtype": lambda: lambda: F.linear(x, weight),
     }

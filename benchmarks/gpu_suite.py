@@ -172,10 +172,10 @@ def decode_cases(dtype: Any, quick: bool) -> Iterator[Case]:
     from gpu_baselines import append_baselines, decode_baselines, linear_baselines, norm_baselines
 
     from rsvlm_infer.kernels.triton.decode_attention import decode_attention
-    from rsvlm_infer.kernels.triton.quantized_linear import quantized_linear
     from rsvlm_infer.kernels.triton.rms_norm import add_rms_norm
     from rsvlm_infer.kernels.triton.rope import rope_append
-    from rsvlm_infer.ops.quantized_linear import quantize_weight
+    from rsvlm_infer.kernels.triton.weight_matmul import weight_matmul
+    from rsvlm_infer.ops.weight_matmul import pack_weight
 
     models = {"135M": (576, 1536, 9, 3, 64), "7B": (4096, 11008, 32, 8, 128)}
     for model, (width, hidden, heads, kv_heads, head_dim) in models.items():
@@ -217,16 +217,16 @@ def decode_cases(dtype: Any, quick: bool) -> Iterator[Case]:
                     4.0 * batch * heads * head_dim * length,
                 )
             for rows, columns in ((hidden, width), (width, hidden)):
-                for bits in (4, 8):
-                    coded = quantize_weight(torch.randn(rows, columns, device=DEVICE).to(dtype), bits, 64)
+                for kind in ("int4", "int8"):
+                    packed = pack_weight(torch.randn(rows, columns, device=DEVICE), kind)
                     inputs = torch.randn(batch, columns, device=DEVICE).to(dtype)
                     yield Case(
-                        "quantized_linear",
-                        f"{model}, int{bits} [{rows}, {columns}], batch {batch}",
+                        "weight_matmul",
+                        f"{model}, {kind} [{rows}, {columns}], batch {batch}",
                         dtype,
-                        lambda inputs=inputs, coded=coded: quantized_linear(inputs, *coded),
-                        linear_baselines(inputs, *coded),
-                        sum(part.numel() * part.element_size() for part in coded) + inputs.numel() * item,
+                        lambda inputs=inputs, packed=packed: weight_matmul(inputs, packed),
+                        linear_baselines(inputs, packed),
+                        packed.codes.numel() + 2 * packed.scales.numel() + (inputs.numel() + batch * rows) * item,
                         2.0 * batch * rows * columns,
                     )
 

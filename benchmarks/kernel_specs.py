@@ -153,11 +153,11 @@ def _experts(chip: int, family: str) -> Iterator[Spec]:
 
 
 def _decode_path(chip: int, family: str) -> Iterator[Spec]:
-    from rsvlm_infer.kernels.triton.jit.quantized_linear import quantized_linear_kernel
     from rsvlm_infer.kernels.triton.jit.rms_norm import rms_norm_kernel
     from rsvlm_infer.kernels.triton.jit.rope import rope_append_kernel, rope_kernel
-    from rsvlm_infer.kernels.triton.quantized_linear import BLOCK_K, BLOCK_N, WARPS
+    from rsvlm_infer.kernels.triton.jit.weight_matmul import weight_matmul_kernel
     from rsvlm_infer.kernels.triton.rms_norm import warps_of
+    from rsvlm_infer.kernels.triton.weight_matmul import BLOCK_K, BLOCK_N, WARPS
 
     for dtype in ("fp16", "bf16", "fp32"):
         for width, added in ((576, False), (4096, True)):
@@ -175,15 +175,12 @@ def _decode_path(chip: int, family: str) -> Iterator[Spec]:
             constants = {**constants, "KV_HEADS": next_power_of_2(kv_heads)}
             yield Spec("rope_append", f"h{heads}:{kv_heads}", dtype, chip, rope_append_kernel, constants, config, types)
         yield from _cache_attention(chip, family, dtype)
-        for packed in (True, False):
-            constants = {"PACKED": packed, "HAS_BIAS": False, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
-            config = Config(0, BLOCK_N, BLOCK_K, WARPS, 3)
-            types = {"codes_ptr": "*u8" if packed else "*i8"}
-            variant = "int4" if packed else "int8"
-            multiples = ("code_columns", "group")
-            yield Spec(
-                "quantized_linear", variant, dtype, chip, quantized_linear_kernel, constants, config, types, (), multiples
-            )
+        for kind, codes in (("int4", "*u8"), ("int8", "*i8"), ("bf16", "*bf16")):
+            constants = {"GROUP": 16 if kind == "int4" else 32, "HALVES": kind == "int4", "SCALED": kind != "bf16"}
+            constants |= {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
+            types = {"codes_ptr": codes, "scales_ptr": "*bf16" if kind == "bf16" else "*fp16"}
+            config, multiples = Config(0, BLOCK_N, BLOCK_K, WARPS, 3), ("code_columns",)
+            yield Spec("weight_matmul", kind, dtype, chip, weight_matmul_kernel, constants, config, types, (), multiples)
 
 
 def _cache_attention(chip: int, family: str, dtype: str) -> Iterator[Spec]:

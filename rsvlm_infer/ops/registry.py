@@ -29,7 +29,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("triton",),
     "rope": ("triton",),
     "decode_attention": ("triton",),
-    "quantized_linear": ("triton",),
+    "weight_matmul": ("triton",),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a decode step uses, in Triton: rms_norm, rope, decode_attention, quantized_linear, against their eager definitions."""
+"""What a decode step uses, in Triton: rms_norm, rope, decode_attention, weight_matmul, against their eager definitions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from rsvlm_infer.errors import InputError
 from rsvlm_infer.kernels.triton.decode_attention import decode_attention
-from rsvlm_infer.kernels.triton.quantized_linear import quantized_linear
 from rsvlm_infer.kernels.triton.rms_norm import add_rms_norm, rms_norm
 from rsvlm_infer.kernels.triton.rope import rope, rope_append
+from rsvlm_infer.kernels.triton.weight_matmul import weight_matmul
 from rsvlm_infer.ops.decode_attention import decode_attention as eager_attention
-from rsvlm_infer.ops.quantized_linear import quantize_weight
-from rsvlm_infer.ops.quantized_linear import quantized_linear as eager_linear
 from rsvlm_infer.ops.rms_norm import rms_norm as eager_norm
 from rsvlm_infer.ops.rope import rope as eager_rope
+from rsvlm_infer.ops.weight_matmul import Kind, pack_weight
+from rsvlm_infer.ops.weight_matmul import weight_matmul as eager_matmul
 from tests.kernels.triton_cases import DTYPES, EPSILON, random_tensor
 from tests.parity import assert_parity, assert_same_bits
 
@@ -174,25 +174,15 @@ def test_drawn_shapes(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("rows", "columns", "group"), [(1, 2, 2), (13, 64, 32), (33, 330, 66)])
-def test_quantized_linear(rows: int, columns: int, group: int, bits: int, dtype: torch.dtype, device: torch.device) -> None:
-    codes, scales = quantize_weight(random_tensor(0, rows, columns, dtype=dtype, device=device), bits, group)
+@pytest.mark.parametrize("kind", ["int4", "int8", pytest.param("bf16", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (13, 64), (33, 352)])
+def test_weight_matmul(rows: int, columns: int, kind: Kind, dtype: torch.dtype, device: torch.device) -> None:
+    packed = pack_weight(random_tensor(0, rows, columns, device=device), kind)
     x = random_tensor(1, 2, 1, columns, dtype=dtype, device=device)
-    bias = random_tensor(2, rows, dtype=dtype, device=device)
     out = torch.full((2, 1, rows), 99.0, dtype=dtype, device=device)
-    for extra in (None, bias):
-        reference = _wide_linear(x, codes, scales, extra)
-        assert quantized_linear(x, codes, scales, extra, out) is out
-        assert_parity(out, eager_linear(x, codes, scales, extra), reference, epsilon=EPSILON[dtype])
-    assert_same_bits(quantized_linear(x[1:], codes, scales), quantized_linear(x, codes, scales)[1:])
-
-
-def _wide_linear(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if codes.dtype == torch.uint8:
-        codes = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1).to(torch.int8) - 8
-    weight = codes.double() * scales.double().repeat_interleave(codes.shape[1] // scales.shape[1], dim=1)
-    return x.double() @ weight.T + (0 if bias is None else bias.double())
+    assert weight_matmul(x, packed, out) is out
+    assert_parity(out, eager_matmul(x, packed), eager_matmul(x.double(), packed), epsilon=EPSILON[dtype])
+    assert_same_bits(weight_matmul(x[1:], packed), out[1:])
 
 
 @pytest.mark.gpu

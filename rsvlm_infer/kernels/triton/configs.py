@@ -58,7 +58,7 @@ _DECODE_HALF = Config(16, 64, 0, 4, 2)
 _DECODE_FLOAT = Config(16, 32, 0, 8, 1)
 # 64 x 64 would spill on sm_80 with an explicit mask
 _PREFILL_HALF = Config(64, 32, 0, 4, 2)
-_PREFILL_FLOAT = Config(32, 32, 0, 8, 1)  # four warps would spill
+_PREFILL_FLOAT = Config(32, 16, 0, 4, 1)
 
 
 def attention_config(family: str, dtype: torch.dtype, columns: int) -> Config:
