@@ -23,13 +23,13 @@ OPS: dict[str, tuple[str, ...]] = {
     "complexity_map": ("native",),
     "pack_tiles": ("native",),
     "cue_search": (),
-    "varlen_tile_attention": ("native",),
-    "route": ("native",),
-    "grouped_experts": ("native",),
-    "rms_norm": ("native",),
-    "rope": ("native",),
-    "decode_attention": ("native",),
-    "weight_matmul": ("native",),
+    "varlen_tile_attention": ("triton", "native"),
+    "route": ("triton", "native"),
+    "grouped_experts": ("triton", "native"),
+    "rms_norm": ("triton", "native"),
+    "rope": ("triton", "native"),
+    "decode_attention": ("triton", "native"),
+    "weight_matmul": ("triton", "native"),
 }
 
 
