@@ -58,7 +58,7 @@ test: $(VENV)/.dev pull
 	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
 
 gates: $(VENV)/.dev
-	$(BIN)/python benchmarks/compile_gates.py --jobs 2
+	$(BIN)/python -m benchmarks.compile_gates --jobs 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

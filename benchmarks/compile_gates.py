@@ -1,9 +1,9 @@
 """Compiles every Triton kernel at its shipped configurations for every chip, without a GPU, and holds the result to a table.
 
-    python benchmarks/compile_gates.py            compile, compare with docs/kernels-compiled.csv, fail on any difference
-    python benchmarks/compile_gates.py --write    compile and write the table
-    python benchmarks/compile_gates.py --chips 90 --kernels attention    a part of it, compared with the same part
-    python benchmarks/compile_gates.py --table-only    compile nothing: limits hold in the table, and it has every shipped kernel
+    python -m benchmarks.compile_gates            compile, compare with docs/kernels-compiled.csv, fail on any difference
+    python -m benchmarks.compile_gates --write    compile and write the table
+    python -m benchmarks.compile_gates --chips 90 --kernels attention    a part of it, compared with the same part
+    python -m benchmarks.compile_gates --table-only    compile nothing: limits hold in the table, and it has every shipped kernel
 
 It fails on spilled registers and on shared memory beyond the chip's limit, whatever the table says. Registers and bytes are compared
 only under the triton version that wrote the table, since another compiler may rightly choose otherwise.
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kernel_specs import Spec, specs
+from .kernel_specs import Spec, specs
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "kernels-compiled.csv"
 CHIPS = (80, 87, 89, 90, 100, 120)

@@ -1,6 +1,6 @@
 """Times native kernels against torch baselines in one run: interleaved rounds, medians, and the machine's own limits beside them.
 
-    python benchmarks/cpu_kernels.py --ops attention experts weights --threads 2 --csv cpu_kernels.csv
+    python -m benchmarks.cpu_kernels --ops attention experts weights --threads 2 --csv cpu_kernels.csv
 
 With one thread, `--clock cpu` counts the thread's CPU time: other work on the machine then disturbs less. Every number is measured.
 """

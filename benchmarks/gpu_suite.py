@@ -1,7 +1,7 @@
 """One call on a CUDA machine: parity in all dtypes, choice among candidate configurations, timings against named baselines.
 
-    python benchmarks/gpu_suite.py --out results.csv               everything, about ten minutes on an H100-class GPU
-    python benchmarks/gpu_suite.py --only attention --quick        fewer shapes and repetitions
+    python -m benchmarks.gpu_suite --out results.csv               everything, about ten minutes on an H100-class GPU
+    python -m benchmarks.gpu_suite --only attention --quick        fewer shapes and repetitions
 
 Every time is taken with a cold L2 cache (a buffer larger than it is overwritten before each repetition) and is the median of CUDA
 event times, launches included. `ratio` = baseline time / our time. `share_of_limit` = the time that the larger of (bytes that must
@@ -96,9 +96,10 @@ class Clock:
 def attention_cases(dtype: Any, quick: bool) -> Iterator[Case]:
     """Tiles of 224 pixels in mixed grids, at the widths of three published encoders."""
     import torch
-    from gpu_baselines import attention_baselines
 
     from rsvlm_infer.kernels.triton.varlen_tile_attention import varlen_tile_attention
+
+    from .gpu_baselines import attention_baselines
 
     cycle = [grid**2 for grid in (16, 8, 4, 24)]
     mixes = {
@@ -129,10 +130,11 @@ def attention_cases(dtype: Any, quick: bool) -> Iterator[Case]:
 def experts_cases(dtype: Any, quick: bool) -> Iterator[Case]:
     """12 experts of three levels, top-2, at the widths of the same encoders."""
     import torch
-    from gpu_baselines import experts_baselines
 
     from rsvlm_infer.kernels.triton.grouped_experts import grouped_experts
     from rsvlm_infer.kernels.triton.route import route
+
+    from .gpu_baselines import experts_baselines
 
     for width in (384, 1024, 1152):
         gate, up = (torch.randn(2, 12, 2 * width, width, device=DEVICE) * width**-0.5).to(dtype).unbind(0)
@@ -169,13 +171,14 @@ def experts_cases(dtype: Any, quick: bool) -> Iterator[Case]:
 def decode_cases(dtype: Any, quick: bool) -> Iterator[Case]:
     """The parts of one decode step: the default language model (576 wide, 9:3 heads) and a 7B one (4096 wide, 32:8 heads)."""
     import torch
-    from gpu_baselines import append_baselines, decode_baselines, linear_baselines, norm_baselines
 
     from rsvlm_infer.kernels.triton.decode_attention import decode_attention
     from rsvlm_infer.kernels.triton.rms_norm import add_rms_norm
     from rsvlm_infer.kernels.triton.rope import rope_append
     from rsvlm_infer.kernels.triton.weight_matmul import weight_matmul
     from rsvlm_infer.ops.weight_matmul import pack_weight
+
+    from .gpu_baselines import append_baselines, decode_baselines, linear_baselines, norm_baselines
 
     models = {"135M": (576, 1536, 9, 3, 64), "7B": (4096, 11008, 32, 8, 128)}
     for model, (width, hidden, heads, kv_heads, head_dim) in models.items():

@@ -102,3 +102,6 @@ def decode_attention(
     head_dim: int,
     dtype: str,
 ) -> None: ...
+def cue_search(
+    *, visual: NDArray[np.float32], query: NDArray[np.float32] | None, entries: NDArray[np.uint16], k: int, beta: float
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]: ...

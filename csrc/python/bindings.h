@@ -11,6 +11,7 @@ void register_pack_tiles(pybind11::module_& module);
 void register_varlen_tile_attention(pybind11::module_& module);
 void register_grouped_experts(pybind11::module_& module);
 void register_weight_matmul(pybind11::module_& module);
+void register_cue_search(pybind11::module_& module);
 void register_rms_norm(pybind11::module_& module);
 void register_rope(pybind11::module_& module);
 void register_decode_attention(pybind11::module_& module);

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 OPS: dict[str, tuple[str, ...]] = {
     "complexity_map": ("native",),
     "pack_tiles": ("native",),
-    "cue_search": (),
+    "cue_search": ("native",),
     "varlen_tile_attention": ("triton", "native"),
     "route": ("triton", "native"),
     "grouped_experts": ("triton", "native"),

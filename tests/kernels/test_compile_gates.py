@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(library_version("triton") is None, reason="trito
 def _gates(repository: Path, *arguments: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(repository), environment.get("PYTHONPATH")]))
-    command = [sys.executable, "benchmarks/compile_gates.py", *arguments]
+    command = [sys.executable, "-m", "benchmarks.compile_gates", *arguments]
     finished = subprocess.run(
         command, cwd=repository, env=environment, capture_output=True, text=True, timeout=600, check=False
     )

@@ -30,7 +30,7 @@ def test_it_explains_itself_and_says_that_it_needs_a_gpu(repository: Path) -> No
 
 def test_attention_baselines_equal_the_definition(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    from gpu_baselines import attention_baselines
+    from benchmarks.gpu_baselines import attention_baselines
 
     lengths = [16, 64, 5, 16]
     cu_seqlens = prefix_sums(lengths)
@@ -43,7 +43,7 @@ def test_attention_baselines_equal_the_definition(repository: Path, monkeypatch:
 
 def test_experts_baselines_equal_the_definition(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    from gpu_baselines import experts_baselines
+    from benchmarks.gpu_baselines import experts_baselines
 
     routed = route(random_tensor(0, 30, 6), prefix_sums([10, 10, 10]), 2)
     x = random_tensor(1, 30, 32, dtype=torch.bfloat16)
