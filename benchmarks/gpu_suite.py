@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 COLUMNS = (
     "date", "device", "torch", "triton", "op", "shape", "dtype", "implementation", "config", "baseline",
