@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 FILES = sorted(path.name for path in Path(__file__).parent.glob("test_triton_*.py"))
@@ -18,7 +19,12 @@ def _why_not() -> str | None:
         from rsvlm_infer.kernels.triton.launch import triton_why_not
     except ImportError:
         return "torch is not installed"
-    return triton_why_not() if library_version("triton") is None else None
+    version = library_version("triton")
+    if version is None:
+        return triton_why_not()
+    if version.startswith("3.6.") and tuple(int(part) for part in np.__version__.split(".")[:2]) >= (2, 4):
+        return f"the interpreter of triton {version} does not work with numpy {np.__version__} (2.4 refuses to make one-element arrays integers)"
+    return None
 
 
 def _measured() -> list[str]:
