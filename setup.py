@@ -17,7 +17,8 @@ from setuptools.errors import BaseError, CCompilerError
 FAILURES = (BaseError, CCompilerError, OSError)
 SLOWER = (
     "rsvlm_infer._C was not built ({reason}). The package works without it; slower then: "
-    "pack_tiles (resample + normalise + patchify, uses Pillow) and complexity_map (planner, uses numpy). "
+    "pack_tiles (resample + normalise + patchify, uses Pillow), complexity_map (planner, uses numpy), "
+    "cue_search (uses numpy) and the model's ops (use torch). "
     "Install a C++17 compiler and reinstall to get the native versions."
 )
 

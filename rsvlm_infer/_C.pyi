@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 def build_info() -> dict[str, str | bool | int]: ...
+def limit_isa(*, isa: str) -> None: ...
 def complexity_map(*, gray: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.float64]: ...
 def pack_tiles(
     *,
@@ -18,3 +19,89 @@ def pack_tiles(
     resample: str,
     fill: Sequence[int],
 ) -> NDArray[np.float32]: ...
+def varlen_tile_attention(
+    *,
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    q_strides: Sequence[int],
+    k_strides: Sequence[int],
+    v_strides: Sequence[int],
+    cu_seqlens: Sequence[int],
+    cu_seqlens_k: Sequence[int],
+    heads: int,
+    head_dim: int,
+    dtype: str,
+    scale: float,
+) -> None: ...
+def route(
+    *,
+    logits: int,
+    tokens: int,
+    experts: int,
+    level_offsets: Sequence[int],
+    k: int,
+    expert_offsets: int,
+    permutation: int,
+    weights: int,
+) -> None: ...
+def grouped_experts(
+    *,
+    x: int,
+    expert_offsets: int,
+    permutation: int,
+    weights: int,
+    w_gate: int,
+    w_up: int,
+    w_down: int,
+    b_up: int,
+    b_down: int,
+    out: int,
+    tokens: int,
+    width: int,
+    hidden: int,
+    experts: int,
+    k: int,
+    dtype: str,
+) -> None: ...
+def weight_layout_bytes(*, kind: str, rows: int, columns: int, wide_scales: bool) -> int: ...
+def lay_out_weight(*, kind: str, rows: int, columns: int, wide_scales: bool, codes: int, scales: int, layout: int) -> None: ...
+def weight_matmul(
+    *, kind: str, rows: int, columns: int, wide_scales: bool, layout: int, x: int, tokens: int, dtype: str, out: int
+) -> None: ...
+def rms_norm(*, x: int, weight: int, rows: int, width: int, eps: float, dtype: str, out: int) -> None: ...
+def rope(
+    *,
+    x: int,
+    token_stride: int,
+    cosines: int,
+    sines: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    dtype: str,
+    out: int,
+) -> None: ...
+def decode_attention(
+    *,
+    q: int,
+    k: int,
+    v: int,
+    positions: int,
+    mask: int,
+    out: int,
+    q_strides: Sequence[int],
+    k_strides: Sequence[int],
+    v_strides: Sequence[int],
+    batch: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    capacity: int,
+    head_dim: int,
+    dtype: str,
+) -> None: ...
+def cue_search(
+    *, visual: NDArray[np.float32], query: NDArray[np.float32] | None, entries: NDArray[np.uint16], k: int, beta: float
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]: ...

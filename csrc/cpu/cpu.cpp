@@ -1,10 +1,74 @@
 #include "rsvlm/cpu.h"
 
+#include <atomic>
+#include <stdexcept>
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 namespace rsvlm {
+namespace {
+
+constexpr Isa kAll[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+
+Isa best_isa() {
+#if RSVLM_X86_KERNELS
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
+        return Isa::kPortable;
+    }
+    for (const bool has : {__builtin_cpu_supports("avx512f") != 0, __builtin_cpu_supports("avx512bw") != 0,
+                           __builtin_cpu_supports("avx512dq") != 0, __builtin_cpu_supports("avx512vl") != 0}) {
+        if (!has) {
+            return Isa::kAvx2;
+        }
+    }
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+#else
+    return Isa::kPortable;
+#endif
+}
+
+std::atomic<Isa>& chosen_isa() {
+    static std::atomic<Isa> isa{best_isa()};
+    return isa;
+}
+
+}  // namespace
+
+Isa kernel_isa() { return chosen_isa().load(std::memory_order_relaxed); }
+
+std::string isa_name(Isa isa) {
+    switch (isa) {
+        case Isa::kAvx2:
+            return "avx2";
+        case Isa::kAvx512:
+            return "avx512";
+        case Isa::kAvx512Bf16:
+            return "avx512_bf16";
+        default:
+            return "portable";
+    }
+}
+
+void limit_isa(const std::string& name) {
+    const Isa best = best_isa();
+    if (name == "auto") {
+        chosen_isa().store(best);
+        return;
+    }
+    std::string available = "auto";
+    for (const Isa isa : kAll) {
+        if (isa <= best) {
+            if (name == isa_name(isa)) {
+                chosen_isa().store(isa);
+                return;
+            }
+            available += ", " + isa_name(isa);
+        }
+    }
+    throw std::invalid_argument("isa must be one of " + available + " on this machine, got '" + name + "'; choose one of them");
+}
 
 std::string isa() {
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12

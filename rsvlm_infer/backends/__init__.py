@@ -11,7 +11,10 @@ from .base import Backend, Embeddings, ImageFeatures, Prompt, Query
 __all__ = ["BACKENDS", "Backend", "Embeddings", "ImageFeatures", "Prompt", "Query", "load_backend", "why_not"]
 
 # Backend -> precisions, in order of preference. Preference is data; capability is why_not().
-BACKENDS: dict[str, tuple[str, ...]] = {"eager": ("float32", "bfloat16", "float16")}
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "eager": ("float32", "bfloat16", "float16"),
+    "cuda": ("bfloat16", "float16", "float32"),  # after eager, so "auto" does not choose it: no GPU has run it yet
+}
 
 
 def why_not(name: str) -> str | None:
@@ -24,6 +27,10 @@ def why_not(name: str) -> str | None:
         raise BackendError(f'backend must be "auto" or one of {sorted(BACKENDS)}, got {name!r}; choose one of them')
     if importlib.util.find_spec("torch") is None:
         return 'torch is not installed; run pip install "rsvlm-infer[torch]"'
+    if name == "cuda":
+        from .cuda import why_not as cuda_why_not
+
+        return cuda_why_not()
     return None
 
 
@@ -45,6 +52,11 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
         raise BackendError(
             f'precision of backend {chosen!r} must be "auto" or one of {list(precisions)}, got {precision!r}; choose one'
         )
+    precision = precisions[0] if precision == "auto" else precision
+    if chosen == "cuda":
+        from .cuda import CudaBackend
+
+        return CudaBackend.load(Path(path), precision)
     from .eager import EagerBackend
 
-    return EagerBackend.load(Path(path), precisions[0] if precision == "auto" else precision)
+    return EagerBackend.load(Path(path), precision)

@@ -37,7 +37,7 @@ class _Handle:
 
 
 class EagerBackend:
-    """`Backend` in plain PyTorch on the CPU."""
+    """`Backend` in plain PyTorch, where the weights are: on the CPU unless a child moves them."""
 
     name = "eager"
 
@@ -46,6 +46,7 @@ class EagerBackend:
         self.precision = precision
         self.config: RsvlmConfig = model.config
         self.knowledge = knowledge
+        self.device = next(model.parameters()).device
 
     @classmethod
     def load(cls, path: Path, precision: str) -> EagerBackend:
@@ -88,7 +89,7 @@ class EagerBackend:
             strict=True,
         )
         return taps, [
-            alignment(list(scene_taps), list(scene_class), torch.as_tensor(scene.cu_seqlens))
+            alignment(list(scene_taps), list(scene_class), torch.from_numpy(scene.cu_seqlens))
             for scene, scene_taps, scene_class in zip(scenes, per_scene_taps, per_scene_class, strict=True)
         ]
 
@@ -104,7 +105,7 @@ class EagerBackend:
         Tokens are None without a projector. Gradients flow: training calls this too.
         """
         patch_counts = [len(scene.patches) for scene in scenes]
-        cu_scenes = torch.tensor([0, *np.cumsum(patch_counts).tolist()], dtype=torch.int32)
+        cu_scenes = self._tensor(np.array([0, *np.cumsum(patch_counts)], dtype=np.int32))
         start = time.perf_counter()
         augmented, cues = self._augment(taps, aligned, queries, cu_scenes)
         augment_ms = (time.perf_counter() - start) * 1e3
@@ -115,14 +116,14 @@ class EagerBackend:
 
     def _encode_tiles(self, scenes: Sequence[PackedScene]) -> tuple[list[Tensor], list[Tensor], list[int], list[int]]:
         """Three taps [S, Dv], three class tokens [T or 0, Dv], tiles per scene, patches per scene."""
-        patches = torch.as_tensor(np.concatenate([scene.patches for scene in scenes]))  # [S, 3·p²]
-        grids = torch.as_tensor(np.concatenate([scene.grids for scene in scenes]))  # [T, 2]
+        patches = self._tensor(np.concatenate([scene.patches for scene in scenes]))  # [S, 3·p²]
+        grids = torch.from_numpy(np.concatenate([scene.grids for scene in scenes]))  # [T, 2], read on the host only
         bounds = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(scene.cu_seqlens) for scene in scenes]))])  # [T + 1]
         parts = []
         first = 0
         while first < len(grids):
             last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + CHUNK_PATCHES, side="right")) - 1)
-            cu_seqlens = torch.as_tensor((bounds[first : last + 1] - bounds[first]).astype(np.int32))
+            cu_seqlens = self._tensor((bounds[first : last + 1] - bounds[first]).astype(np.int32))
             parts.append(self.model.vision_encoder(patches[bounds[first] : bounds[last]], cu_seqlens, grids[first:last]))
             first = last
         taps = [torch.cat([part[0][level] for part in parts]) for level in range(len(LEVELS))]
@@ -157,20 +158,20 @@ class EagerBackend:
                     _, ids, names = self.knowledge.search(
                         level, flat, embedding, settings.cues_per_level, settings.query_weight
                     )
-                    found = torch.as_tensor(self.knowledge.embeddings[ids].astype(np.float32)).to(like.dtype)
+                    found = self._tensor(self.knowledge.embeddings[ids].astype(np.float32)).to(like.dtype)
                     texts += names
                 vectors.append(found)
             cue_vectors.append(vectors)
             cue_texts.append(tuple(texts))
             query_ids = np.zeros(0, np.int32) if query is None else query.token_ids
-            query_tokens.append(self.model.language_model.embed_tokens(torch.as_tensor(query_ids).long()))  # [Q, Dl]
+            query_tokens.append(self.model.language_model.embed_tokens(self._tensor(query_ids).long()))  # [Q, Dl]
         return self.model.augmentation(taps, cue_vectors, query_tokens, cu_scenes), cue_texts
 
     def _scene_tokens(self, features: Tensor, scene: PackedScene) -> Tensor:
         """Y of one scene [S, Dv] -> [Nv, Dl]: base tile, then leaves in raster order."""
         assert self.model.projector is not None
-        boxes = torch.as_tensor(scene.boxes) if scene.plan.tiling == "dris" else None
-        tiles = self.model.projector(features, torch.as_tensor(scene.grids), boxes)
+        boxes = self._tensor(scene.boxes) if scene.plan.tiling == "dris" else None
+        tiles = self.model.projector(features, torch.from_numpy(scene.grids), boxes)
         if scene.plan.tiling == "anyres":
             if self.model.image_newline is None:
                 raise BackendError(
@@ -195,17 +196,17 @@ class EagerBackend:
         if capacity < longest:
             raise InputError(f"capacity must be at least the longest prompt ({longest} tokens), got {capacity}; raise it")
         embeds = torch.stack([self._prompt_embeds(sequence, longest) for sequence in sequences])  # [B, N, Dl]
-        lengths = torch.tensor([len(sequence.token_ids) for sequence in sequences])
-        positions = torch.arange(longest).expand(len(sequences), -1)
+        lengths = torch.tensor([len(sequence.token_ids) for sequence in sequences], device=self.device)
+        positions = torch.arange(longest, device=self.device).expand(len(sequences), -1)
         cache = KvCache.empty(language.config, len(sequences), capacity, embeds)
         hidden = language(embeds, positions, cache)
         cache.lengths = lengths
-        return _numpy(language.logits(hidden[torch.arange(len(sequences)), lengths - 1])), cache
+        return _numpy(language.logits(hidden[torch.arange(len(sequences), device=self.device), lengths - 1])), cache
 
     def _prompt_embeds(self, sequence: Prompt, length: int) -> Tensor:
         """[length, Dl]: word embeddings with visual tokens in the places of the image placeholders, zeros after the end."""
         language = self._language()
-        ids = torch.as_tensor(np.asarray(sequence.token_ids, dtype=np.int64))
+        ids = self._tensor(np.asarray(sequence.token_ids, dtype=np.int64))
         places = ids == self.config.image_token_id
         expected = sum(image.num_tokens for image in sequence.images)
         if int(places.sum()) != expected:
@@ -224,14 +225,14 @@ class EagerBackend:
         language = self._language()
         if int(cache.lengths.max()) >= cache.keys.shape[2]:
             raise InputError(f"the cache holds {cache.keys.shape[2]} tokens a row and is full; prefill with a larger capacity")
-        embeds = language.embed_tokens(torch.as_tensor(np.asarray(token_ids, dtype=np.int64))[:, None])  # [B, 1, Dl]
+        embeds = language.embed_tokens(self._tensor(np.asarray(token_ids, dtype=np.int64))[:, None])  # [B, 1, Dl]
         hidden = language(embeds, cache.lengths[:, None], cache)
         cache.lengths = cache.lengths + 1
         return _numpy(language.logits(hidden[:, 0]))
 
     def keep(self, cache: KvCache, rows: Sequence[int]) -> KvCache:
         """See `Backend.keep`."""
-        return cache.keep(torch.tensor(list(rows), dtype=torch.long))
+        return cache.keep(torch.tensor(list(rows), dtype=torch.long, device=self.device))
 
     def embed_image(self, features: ImageFeatures) -> Embeddings:
         """See `Backend.embed_image`."""
@@ -251,11 +252,15 @@ class EagerBackend:
             )
         if any(len(ids) == 0 for ids in token_ids):
             raise InputError("token_ids must hold at least one token per text, got an empty text; give every text a word")
-        lengths = torch.tensor([len(ids) for ids in token_ids])
-        padded = torch.zeros((len(token_ids), int(lengths.max())), dtype=torch.long)
+        lengths = torch.tensor([len(ids) for ids in token_ids], device=self.device)
+        padded = torch.zeros((len(token_ids), max(len(ids) for ids in token_ids)), dtype=torch.long, device=self.device)
         for row, ids in enumerate(token_ids):
-            padded[row, : len(ids)] = torch.as_tensor(np.asarray(ids, dtype=np.int64))
+            padded[row, : len(ids)] = self._tensor(np.asarray(ids, dtype=np.int64))
         return _numpy(self.model.embed_text(padded, lengths))
+
+    def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
+        """A numpy array on the device of the weights."""
+        return torch.from_numpy(array).to(self.device)
 
     def _language(self) -> Any:
         if self.model.language_model is None:

@@ -78,12 +78,13 @@ def embedder_digest(path: str | Path) -> str:
     return _embedder_digest(config, _weight_files(folder, layout.weights(folder, config)), {})
 
 
-def load_checkpoint(path: str | Path, *, dtype: str = "float32") -> LoadedCheckpoint:
+def load_checkpoint(path: str | Path, *, dtype: str = "float32", implementation: str = "eager") -> LoadedCheckpoint:
     """Loads a checkpoint folder of any supported layout.
 
     Args:
         path: the folder.
         dtype: "float32", "bfloat16" or "float16", applied to every weight.
+        implementation: of the model's ops, see `RsvlmModel`.
 
     Raises:
         CheckpointError: unknown, unsafe or damaged; missing, unexpected and mis-shaped weights are reported at once.
@@ -102,7 +103,7 @@ def load_checkpoint(path: str | Path, *, dtype: str = "float32") -> LoadedCheckp
     _check_depth(config)
     weights = layout.weights(folder, config)
     with torch.inference_mode(False):  # a caller's inference mode would make weights that can never be trained
-        model = _build_empty(config, folder.path)
+        model = _build_empty(config, folder.path, implementation)
         expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         state = _read_state(folder, weights, config, expected, layout.hint)
         model.load_state_dict({name: value.to(getattr(torch, dtype)) for name, value in state.items()}, assign=True)
@@ -132,7 +133,7 @@ def _check_depth(config: RsvlmConfig) -> None:
             raise CheckpointError(f"config {part}.num_layers must be at most {MAX_LAYERS}, got {layers}; restore config.json")
 
 
-def _build_empty(config: RsvlmConfig, folder: Path) -> RsvlmModel:
+def _build_empty(config: RsvlmConfig, folder: Path, implementation: str) -> RsvlmModel:
     """The model on the meta device: no memory and no random numbers, because every weight comes from a file."""
     import torch
 
@@ -140,7 +141,7 @@ def _build_empty(config: RsvlmConfig, folder: Path) -> RsvlmModel:
 
     try:
         with torch.device("meta"):
-            return RsvlmModel(config)
+            return RsvlmModel(config, implementation)
     except (RuntimeError, OverflowError, TypeError) as error:
         reason = str(error).partition("\n")[0]  # torch adds a C++ stack
         raise CheckpointError(

@@ -22,13 +22,14 @@ _log = logging.getLogger(__name__)
 OPS: dict[str, tuple[str, ...]] = {
     "complexity_map": ("native",),
     "pack_tiles": ("native",),
-    "cue_search": (),
-    "varlen_tile_attention": (),
-    "route": (),
-    "grouped_experts": (),
-    "rms_norm": (),
-    "rope": (),
-    "decode_attention": (),
+    "cue_search": ("native",),
+    "varlen_tile_attention": ("triton", "native"),
+    "route": ("triton", "native"),
+    "grouped_experts": ("triton", "native"),
+    "rms_norm": ("triton", "native"),
+    "rope": ("triton", "native"),
+    "decode_attention": ("triton", "native"),
+    "weight_matmul": ("triton", "native"),
 }
 
 

@@ -174,6 +174,6 @@ def test_absent_parts_are_refused_by_name() -> None:
 def test_unknown_backend_and_precision_are_refused(tmp_path: Path) -> None:
     assert why_not("eager") is None
     with pytest.raises(BackendError, match="backend must be"):
-        load_backend(tmp_path, "cuda")
+        load_backend(tmp_path, "abacus")
     with pytest.raises(BackendError, match="precision of backend 'eager' must be"):
         load_backend(tmp_path, "eager", "int3")

@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from rsvlm_infer.errors import InputError
+from rsvlm_infer.kernels.native.cue_search import cue_search as native
 from rsvlm_infer.ops import cue_search as module
 from rsvlm_infer.ops.cue_search import TOLERANCE, cue_search
 from rsvlm_infer.ops.registry import resolve
+from tests.native import limited_to, needs_native, per_instruction_set
 
 
 def unit(rng: np.random.Generator, *shape: int, dtype: Any = np.float32) -> NDArray[Any]:
@@ -126,3 +128,41 @@ def test_contract(changes: dict[str, Any], message: str) -> None:
 
 def test_the_registry_finds_it() -> None:
     assert resolve("cue_search", "eager") is cue_search
+
+
+@per_instruction_set
+@settings(max_examples=40)
+@given(
+    entries=st.integers(0, 300),
+    visual=st.integers(1, 60),
+    width=st.sampled_from([1, 7, 64, 257]),
+    k=st.integers(1, 50),
+    beta=st.floats(-2, 2),
+    asked=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_native_is_eager(isa: str, entries: int, visual: int, width: int, k: int, beta: float, asked: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    base = unit(rng, entries, width, dtype=np.float16)
+    if entries > 3:
+        base[2] = base[0]
+    seen, query = unit(rng, visual, width), unit(rng, width) if asked else None
+    expected_scores, expected_rows = cue_search(seen, query, base, k, beta)
+    with limited_to(isa):
+        scores, rows = native(seen, query, base, k, beta)
+        for _ in range(3):
+            again = native(seen, query, base, k, beta)
+            assert (again[0].tobytes(), again[1].tobytes()) == (scores.tobytes(), rows.tobytes())
+    np.testing.assert_allclose(scores, expected_scores, atol=TOLERANCE)
+    assert rows.tolist() == expected_rows.tolist()
+    assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
+
+
+@needs_native
+def test_native_checks_what_eager_checks() -> None:
+    one = np.ones((1, 4), np.float32)
+    with pytest.raises(InputError, match="k must be at least 1, got 0"):
+        native(one, None, np.ones((5, 4), np.float16), 0, 0.5)
+    with pytest.raises(InputError, match="entries must be float16"):
+        native(one, None, np.ones((5, 4), np.float32), 1, 0.5)  # type: ignore[arg-type]
+    assert resolve("cue_search", "native") is native

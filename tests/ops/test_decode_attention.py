@@ -1,12 +1,21 @@
-"""Cached causal attention against softmax written out in float64."""
+"""Cached causal attention against softmax written out in float64, the native twin against the definition."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from rsvlm_infer.errors import InputError
+from rsvlm_infer.kernels.native.decode_attention import decode_attention as native
 from rsvlm_infer.ops.decode_attention import decode_attention
+from rsvlm_infer.ops.registry import resolve
+from tests.native import limited_to, needs_native, per_instruction_set, threads
+from tests.parity import assert_parity, assert_same_bits
+
+EPSILONS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
 
 
 def _random(seed: int, *shape: int) -> torch.Tensor:
@@ -53,3 +62,97 @@ def test_an_explicit_mask_takes_the_place_of_causality() -> None:
     mask = torch.tensor([[[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1]]], dtype=torch.bool)
     actual = decode_attention(q, k, v, torch.zeros((1, 4), dtype=torch.long), mask)
     np.testing.assert_allclose(actual.numpy(), _written_out(q, k, v, mask.numpy()), atol=2e-6)
+
+
+def _twice_as_wrong(
+    isa: str,
+    dtype: torch.dtype,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    *mask: torch.Tensor,
+) -> None:
+    low = [part.to(dtype) for part in (q, k, v)]
+    with limited_to(isa):
+        actual = native(*low, positions, *mask)
+    assert actual.dtype is dtype
+    expected = decode_attention(*(part.double() for part in low), positions, *mask)
+    assert_parity(actual, decode_attention(*low, positions, *mask), expected, epsilon=EPSILONS[dtype])
+
+
+@per_instruction_set
+@pytest.mark.parametrize("dtype", EPSILONS)
+@pytest.mark.parametrize("head_dim", [7, 32, 64, 72, 80, 128])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 130])
+def test_native_is_at_most_twice_as_wrong(isa: str, dtype: torch.dtype, head_dim: int, tokens: int) -> None:
+    capacity = 530
+    q, k, v = (_random(i, 3, n, h, head_dim) for i, (n, h) in enumerate(((tokens, 6), (capacity, 2), (capacity, 2))))
+    positions = torch.tensor([[0], [255], [capacity - tokens]]) + torch.arange(tokens)
+    _twice_as_wrong(isa, dtype, q, k, v, positions)
+
+
+@per_instruction_set
+@pytest.mark.parametrize("dtype", EPSILONS)
+@settings(max_examples=20)
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 20),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    head_dim=st.integers(1, 100),
+    masked=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_native_takes_any_shape(
+    isa: str, dtype: torch.dtype, batch: int, tokens: int, kv_heads: int, group: int, head_dim: int, masked: bool, seed: int
+) -> None:
+    batch, capacity = batch + 8, 70  # enough rows that eager's error is not that of a few lucky ones
+    q, k, v = (
+        _random(seed + i, batch, n, h, head_dim)
+        for i, (n, h) in enumerate(((tokens, kv_heads * group), *[(capacity, kv_heads)] * 2))
+    )
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.randint(0, capacity, (batch, tokens), generator=generator)
+    mask = torch.rand((batch, tokens, capacity), generator=generator) < 0.3
+    mask[..., 0] = True
+    _twice_as_wrong(isa, dtype, q, k, v, positions, *([mask] if masked else []))
+
+
+@per_instruction_set
+@pytest.mark.parametrize("dtype", EPSILONS)
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_native_gives_the_same_bits_always(isa: str, dtype: torch.dtype, tokens: int) -> None:
+    q, k, v = (_random(i, 3, n, h, 64).to(dtype) for i, (n, h) in enumerate(((tokens, 9), (700, 3), (700, 3))))
+    positions = torch.tensor([[3], [300], [499]]) + torch.arange(tokens)
+    with limited_to(isa):
+        together = native(q, k, v, positions)
+        for run in range(20):
+            with threads(1 + run % 3):
+                assert_same_bits(native(q, k, v, positions), together)
+        for row in range(3):
+            assert_same_bits(
+                native(q[row : row + 1], k[row : row + 1], v[row : row + 1], positions[row : row + 1]), together[row : row + 1]
+            )
+        # what lies beyond a row's positions does not matter, nor does the capacity; views of a larger cache are read in place
+        larger = [torch.full((2, 3, 900, 3, 64), torch.nan, dtype=dtype) for _ in range(2)]
+        for cache, part in zip(larger, (k, v), strict=True):
+            cache[1, :, :700] = part
+        assert_same_bits(native(q, larger[0][1], larger[1][1], positions), together)
+
+
+@needs_native
+def test_native_says_what_it_cannot_take() -> None:
+    q, k = torch.zeros(1, 1, 4, 8), torch.zeros(1, 5, 2, 8)
+    for arguments, message in (
+        ((q, k, k, torch.tensor([[5]])), "positions must be in 0..4, the entries of the cache, got 5"),
+        ((q, k, k, torch.tensor([[-1]])), "positions must be in 0..4"),
+        ((q[:, :, :3], k, k, torch.tensor([[0]])), "query heads must be a multiple of key-value heads"),
+        ((q, k, k, torch.tensor([0])), r"positions must be \[B, N\]"),
+        ((q, k, k, torch.tensor([[0]]), torch.ones(1, 1, 5)), "mask must be bool"),
+        ((q.half(), k.half(), k.half(), torch.tensor([[0]])), "q must be float32 or bfloat16"),
+    ):
+        with pytest.raises(InputError, match=message):
+            native(*arguments)
+    assert native(q[:, :0], k, k, torch.zeros((1, 0), dtype=torch.long)).shape == (1, 0, 4, 8)
+    assert resolve("decode_attention", "native") is native

@@ -12,7 +12,29 @@
 #define RSVLM_MULTIVERSION
 #endif
 
+// Kernels written with intrinsics live in one file per instruction set (<op>_avx2.cpp, ...), each under a target pragma, and
+// are chosen at run time by kernel_isa(). GCC only: clang has no file-wide form of that pragma, so it runs the portable
+// kernels.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RSVLM_X86_KERNELS 1
+#else
+#define RSVLM_X86_KERNELS 0
+#endif
+
 namespace rsvlm {
+
+// The instruction sets that kernels are written for; each one includes those before it.
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+
+// The best that this machine and this build have, or less when limit_isa() asked for less.
+Isa kernel_isa();
+
+// "portable", "avx2", "avx512" or "avx512_bf16".
+std::string isa_name(Isa isa);
+
+// Holds all kernels of this process to one instruction set; "auto" takes the best again. For tests and measurements.
+// Throws std::invalid_argument for an unknown name or one that this machine does not have.
+void limit_isa(const std::string& name);
 
 // "avx512", "avx2" or "baseline": the version that RSVLM_MULTIVERSION functions run with here.
 std::string isa();

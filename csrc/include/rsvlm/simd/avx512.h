@@ -1,0 +1,132 @@
+// Sixteen float lanes with AVX-512 F, BW, DQ, VL; RSVLM_DOT_BF16 adds the bf16 dot product. What avx2.h says about files that
+// include it holds here too.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef RSVLM_DOT_BF16
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#define RSVLM_ISA avx512_bf16
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#define RSVLM_ISA avx512
+#endif
+#include <immintrin.h>
+// GCC 12 takes the "undefined" pass-through operand of its own intrinsics for a mistake (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
+namespace rsvlm::RSVLM_ISA {
+namespace {
+
+using Vec = __m512;
+
+constexpr int kLanes = 16;
+constexpr int kRows = 8;        // rows of a register tile
+constexpr int kMaxVectors = 3;  // vectors of a register tile: 24 accumulators of 32 registers
+
+inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
+inline void store(float* to, Vec value) { _mm512_storeu_ps(to, value); }
+inline Vec set1(float value) { return _mm512_set1_ps(value); }
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+// The second operand when either is NaN.
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Vec abs(Vec a) { return _mm512_andnot_ps(set1(-0.0f), a); }
+inline Vec select_greater(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
+}
+inline Vec zero_where_minus_infinity(Vec a) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, set1(-__builtin_inff()), _CMP_NEQ_UQ), a);
+}
+inline Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
+inline float sum_lanes(Vec a) { return _mm512_reduce_add_ps(a); }
+
+inline Vec load_bf16(const std::uint16_t* from) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline void store_bf16(std::uint16_t* to, Vec value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
+}
+
+inline Vec load_int8(const std::int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+inline Vec load_half(const std::uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+// Eight 4-bit codes per lane, each the value plus 8. code_at reads the one at bits 4 j, j in 0..4, as a float.
+using Words = __m512i;
+inline Words load_words(const char* from) { return _mm512_loadu_si512(from); }
+inline Words drop_five_codes(Words words) { return _mm512_srli_epi32(words, 20); }
+inline Vec code_at(Words words, int j) {
+    // a table of 16 floats in one register; the permute looks at the lowest 4 bits of a lane only
+    const Vec table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), table);
+}
+
+inline void transpose(Vec (&rows)[kLanes]) {
+    Vec quads[kLanes];
+    for (int i = 0; i < 16; i += 4) {  // four by four inside 128-bit lanes
+        const Vec low0 = _mm512_unpacklo_ps(rows[i], rows[i + 1]), high0 = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+        const Vec low1 = _mm512_unpacklo_ps(rows[i + 2], rows[i + 3]), high1 = _mm512_unpackhi_ps(rows[i + 2], rows[i + 3]);
+        quads[i] = _mm512_shuffle_ps(low0, low1, 0x44);
+        quads[i + 1] = _mm512_shuffle_ps(low0, low1, 0xee);
+        quads[i + 2] = _mm512_shuffle_ps(high0, high1, 0x44);
+        quads[i + 3] = _mm512_shuffle_ps(high0, high1, 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {  // then the 4 x 4 grid of 128-bit lanes
+        const Vec even0 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x88);
+        const Vec odd0 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xdd);
+        const Vec even1 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x88);
+        const Vec odd1 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xdd);
+        rows[i] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+        rows[i + 4] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+        rows[i + 8] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+        rows[i + 12] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+    }
+}
+
+#ifdef RSVLM_DOT_BF16
+// Lane i of the result is a pair: bf16(low[i]) and bf16(high[i]), as the dot product wants its operands.
+inline Vec pair_bf16(Vec low, Vec high) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);  // low's 16 values, then high's
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both));
+}
+// Lane i of the result is the pair (low[i], high[i]) of 16 values each.
+inline Vec pair_rows(const std::uint16_t* low, const std::uint16_t* high) {
+    const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+    const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
+    return _mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+}
+// Codes j and j + 4 of each lane, j in 0..3, as a pair of bf16: a table of 32 halves in one register, of which a half's lowest
+// 5 bits choose, so the table is there twice and the fifth bit does not matter.
+inline Vec code_pair(Words words, int j) {
+    const __m512i eight = _mm512_setr_epi32(static_cast<int>(0xc0e0c100), static_cast<int>(0xc0a0c0c0),
+                                            static_cast<int>(0xc040c080), static_cast<int>(0xbf80c000), 0x3f800000, 0x40404000,
+                                            0x40a04080, 0x40e040c0, 0, 0, 0, 0, 0, 0, 0, 0);  // -8 .. 7
+    const __m512i table = _mm512_shuffle_i64x2(eight, eight, 0x44);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(words, 4 * j), table));
+}
+inline Vec dot_pairs(Vec sum, Vec a, Vec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#endif
+
+}  // namespace
+}  // namespace rsvlm::RSVLM_ISA
+
+#include "rsvlm/simd/functions.h"

@@ -1,0 +1,3 @@
+#include "rsvlm/simd/portable.h"
+
+#include "cue_search_kernel.h"

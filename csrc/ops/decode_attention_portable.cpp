@@ -1,0 +1,3 @@
+#include "rsvlm/simd/portable.h"
+
+#include "decode_attention_kernel.h"

@@ -1,0 +1,141 @@
+#include "rsvlm/grouped_experts.h"
+
+#include <algorithm>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "grouped_experts_kernel.h"
+#include "rsvlm/cpu.h"
+#include "rsvlm/scratch.h"
+
+namespace rsvlm {
+namespace {
+
+constexpr double kParallelProducts = 1 << 20;  // below some 10 microseconds of work, waking threads costs more than it saves
+
+struct Kernels {
+    void (*part)(const ExpertPart&);
+    void (*combine)(const float*, std::int64_t, std::int64_t, std::int64_t, void*);
+};
+
+template <class T>
+T choose(bool bf16, T half, T single) {
+    return bf16 ? half : single;
+}
+
+Kernels choose_kernels(Element element) {
+    const bool bf16 = element == Element::kBfloat16;
+    switch (kernel_isa()) {
+#if RSVLM_X86_KERNELS
+        case Isa::kAvx512Bf16:
+            return {choose(bf16, avx512_bf16::expert_part_bf16, avx512::expert_part_fp32),
+                    choose(bf16, avx512_bf16::combine_slots_bf16, avx512::combine_slots_fp32)};
+        case Isa::kAvx512:
+            return {choose(bf16, avx512::expert_part_bf16, avx512::expert_part_fp32),
+                    choose(bf16, avx512::combine_slots_bf16, avx512::combine_slots_fp32)};
+        case Isa::kAvx2:
+            return {choose(bf16, avx2::expert_part_bf16, avx2::expert_part_fp32),
+                    choose(bf16, avx2::combine_slots_bf16, avx2::combine_slots_fp32)};
+#endif
+        default:
+            return {choose(bf16, portable::expert_part_bf16, portable::expert_part_fp32),
+                    choose(bf16, portable::combine_slots_bf16, portable::combine_slots_fp32)};
+    }
+}
+
+struct Part {
+    std::int64_t expert, first, count;
+};
+
+// Longest first; every expert's tokens in parts of one size but the last, so that a part's bits do not depend on the threads.
+std::vector<Part> plan_parts(const GroupedExperts& call) {
+    std::vector<Part> parts;
+    for (std::int64_t expert = 0; expert < call.experts; ++expert) {
+        for (std::int64_t first = call.expert_offsets[expert]; first < call.expert_offsets[expert + 1];
+             first += kExpertTokens) {
+            parts.push_back({expert, first, std::min<std::int64_t>(kExpertTokens, call.expert_offsets[expert + 1] - first)});
+        }
+    }
+    std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.count > b.count; });
+    return parts;
+}
+
+void check(const GroupedExperts& call) {
+    const std::int64_t slots = call.tokens * call.k;
+    if (call.experts < 1 || call.expert_offsets[0] != 0 || call.expert_offsets[call.experts] > slots ||
+        !std::is_sorted(call.expert_offsets, call.expert_offsets + call.experts + 1)) {
+        throw std::invalid_argument("expert_offsets must rise from 0 to at most tokens * k = " + std::to_string(slots) +
+                                    "; pass what route returned");
+    }
+    for (std::int64_t i = 0; i < call.expert_offsets[call.experts]; ++i) {
+        if (call.permutation[i] < 0 || call.permutation[i] >= slots) {
+            throw std::invalid_argument("permutation must be in 0.." + std::to_string(slots - 1) + ", got " +
+                                        std::to_string(call.permutation[i]) + "; pass what route returned");
+        }
+    }
+}
+
+}  // namespace
+
+void grouped_experts(const GroupedExperts& call) {
+    check(call);
+    const std::int64_t slots = call.tokens * call.k;
+    const std::int64_t size = call.element == Element::kBfloat16 ? 2 : 4;
+    const std::vector<Part> parts = plan_parts(call);
+    const Kernels kernels = choose_kernels(call.element);
+    const std::int64_t matrices = call.w_up == nullptr ? 1 : call.w_gate == nullptr ? 2 : 3;
+    const double products = static_cast<double>(slots) * static_cast<double>(call.width * call.hidden * matrices);
+    const int threads = products > kParallelProducts ? num_threads() : 1;
+    auto* results = static_cast<float*>(thread_scratch(static_cast<std::size_t>(slots * call.width) * sizeof(float), 1));
+    if (call.expert_offsets[call.experts] < slots) {  // slots of no expert count as zero
+        std::fill_n(results, slots * call.width, 0.0f);
+    }
+    const auto at = [size](const void* base, std::int64_t elements) -> const void* {
+        return base == nullptr ? nullptr : static_cast<const char*>(base) + elements * size;
+    };
+    const auto scratch_bytes = static_cast<std::size_t>(expert_scratch_floats(call.width, call.hidden)) * sizeof(float);
+    const auto count = static_cast<std::int64_t>(parts.size());
+    const std::int64_t step = 64;  // tokens per piece of the last pass
+    bool out_of_memory = false;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+#endif
+    {
+        float* scratch = nullptr;
+        try {
+            scratch = static_cast<float*>(thread_scratch(scratch_bytes));
+        } catch (const std::bad_alloc&) {  // must not leave a parallel region
+#ifdef _OPENMP
+#pragma omp atomic write
+#endif
+            out_of_memory = true;
+        }
+#ifdef _OPENMP
+#pragma omp for schedule(dynamic, 1)
+#endif
+        for (std::int64_t i = 0; i < count; ++i) {
+            const Part& part = parts[static_cast<std::size_t>(i)];
+            if (scratch != nullptr) {
+                const std::int64_t matrix = part.expert * call.hidden * call.width;
+                kernels.part({call.x, call.permutation + part.first, call.weights, at(call.w_gate, matrix),
+                              at(call.w_up, matrix), at(call.w_down, matrix), at(call.b_up, part.expert * call.hidden),
+                              at(call.b_down, part.expert * call.width), results, part.count, call.k, call.width, call.hidden,
+                              scratch});
+            }
+        }
+#ifdef _OPENMP
+#pragma omp for schedule(static)
+#endif
+        for (std::int64_t first = 0; first < call.tokens; first += step) {
+            kernels.combine(results + first * call.k * call.width, std::min(step, call.tokens - first), call.k, call.width,
+                            static_cast<char*>(call.out) + first * call.width * size);
+        }
+    }
+    if (out_of_memory) {
+        throw std::bad_alloc();
+    }
+}
+
+}  // namespace rsvlm

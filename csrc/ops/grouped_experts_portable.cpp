@@ -1,0 +1,3 @@
+#include "rsvlm/simd/portable.h"
+
+#include "grouped_experts_kernel.h"

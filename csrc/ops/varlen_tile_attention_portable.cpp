@@ -1,0 +1,3 @@
+#include "rsvlm/simd/portable.h"
+
+#include "varlen_tile_attention_kernel.h"

@@ -1,0 +1,3 @@
+#include "rsvlm/simd/portable.h"
+
+#include "weight_matmul_kernel.h"

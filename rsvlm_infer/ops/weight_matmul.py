@@ -1,0 +1,110 @@
+"""Matmul with a weight stored in fewer bits: packing, definition and oracle. Knows no layer and no activation format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+
+Kind = Literal["bf16", "int8", "int4"]
+GROUP = 32  # columns that share a scale: 0.5 bit per weight with float16 scales
+_LARGEST_CODE = {"int8": 127, "int4": 7}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """One [Out, In] weight.
+
+    Attributes:
+        kind: bf16, int8 or int4.
+        codes: bf16 [Out, In]; int8 [Out, In]; or uint8 [Out, In / 2] where the low half-byte is the even column's code plus 8.
+        scales: [Out, In / 32] float16 or float32, the weight is code · scale; None for bf16.
+        layouts: where an implementation keeps its own arrangement of this weight, under its name.
+    """
+
+    kind: Kind
+    codes: Tensor
+    scales: Tensor | None = None
+    layouts: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(Out, In) of the weight."""
+        rows, columns = self.codes.shape
+        return rows, columns * 2 if self.kind == "int4" else columns
+
+
+def pack_weight(weight: Tensor, kind: Kind, *, scale_dtype: torch.dtype = torch.float16) -> PackedWeight:
+    """Rounds a weight to `kind`: symmetric, one scale per row and group of 32 columns, codes to nearest, ties to even.
+
+    Args:
+        weight: [Out, In] float; int8 and int4 need In to be a multiple of 32.
+
+    Raises:
+        InputError: an unknown kind, a shape that does not fit, values that are not finite, or scales beyond float16.
+    """
+    if kind not in get_args(Kind):
+        raise InputError(f"kind must be one of {list(get_args(Kind))}, got {kind!r}; choose one of them")
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise InputError(f"weight must be [Out, In] without empty sides, got {list(weight.shape)}; pass one matrix")
+    weight = weight.detach()
+    if kind == "bf16":
+        return PackedWeight(kind, weight.to(torch.bfloat16).contiguous())
+    rows, columns = weight.shape
+    if columns % GROUP:
+        raise InputError(f"weight [Out, In] must have In a multiple of {GROUP} for {kind}, got {columns}; use bf16")
+    groups = weight.float().reshape(rows, columns // GROUP, GROUP)
+    scales = (groups.abs().amax(dim=2) / _LARGEST_CODE[kind]).to(scale_dtype)  # [Out, In / 32]
+    if not torch.isfinite(scales).all():
+        raise InputError(
+            f"weight must be finite and its scales fit {scale_dtype}, got NaN or infinity; use scale_dtype=torch.float32"
+        )
+    # a group whose scale rounds to zero is all zeros: its weights are below what the scale's dtype can tell
+    divisor = torch.where(scales > 0, scales.float(), torch.inf)
+    limit = _LARGEST_CODE[kind]
+    codes = (groups / divisor[..., None]).round().clamp(-limit, limit).to(torch.int8).reshape(rows, columns)
+    if kind == "int4":
+        shifted = (codes + 8).to(torch.uint8)
+        codes = shifted[:, ::2] | (shifted[:, 1::2] << 4)
+    return PackedWeight(kind, codes.contiguous(), scales.contiguous())
+
+
+def dequantise(packed: PackedWeight) -> Tensor:
+    """[Out, In] float32, exact: code · scale has at most 8 + 11 significant bits with float16 scales."""
+    if packed.scales is None:
+        return packed.codes.float()
+    codes = packed.codes
+    if packed.kind == "int4":
+        codes = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1).to(torch.int8) - 8
+    rows, columns = packed.shape
+    return (codes.float().view(rows, -1, GROUP) * packed.scales.float()[..., None]).view(rows, columns)
+
+
+def check_weight_matmul(x: Tensor, packed: PackedWeight) -> None:
+    """Raises InputError when x does not fit the weight."""
+    if x.ndim < 1 or x.shape[-1] != packed.shape[1]:
+        raise InputError(
+            f"x must be [..., {packed.shape[1]}] for this weight, got {list(x.shape)}; check the layer that made it"
+        )
+
+
+def weight_matmul(x: Tensor, packed: PackedWeight) -> Tensor:
+    """x · dequantised weightᵀ, products and sums in float32 (float64 when x is).
+
+    Args:
+        x: [..., In] float. packed: from `pack_weight`.
+
+    Returns:
+        [..., Out] in x's dtype.
+
+    Raises:
+        InputError: widths that do not fit.
+    """
+    check_weight_matmul(x, packed)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(wide), dequantise(packed).to(wide)).to(x.dtype)
