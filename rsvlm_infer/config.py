@@ -315,7 +315,8 @@ class RsvlmConfig:
             "fix config.json",
         )
         _require(
-            all(side > 0 and side % self.preprocess.tile_px == 0 for pair in self.grid_pinpoints for side in pair),
+            self.tiling != "anyres"
+            or all(side > 0 and side % self.preprocess.tile_px == 0 for pair in self.grid_pinpoints for side in pair),
             f"grid_pinpoints must be multiples of preprocess.tile_px {self.preprocess.tile_px}, got {self.grid_pinpoints}; fix config.json",
         )
         if self.projector is not None and self.projector.pixel_shuffle == 2:

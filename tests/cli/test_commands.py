@@ -172,7 +172,7 @@ def test_what_the_checkpoint_cannot_do_is_said_once(
     for command in (("caption",), ("plan", "-c", checkpoint)):
         code, out, err = run(capsys, command[0], *images, *command[1:], "--tiling", "anyres")
         assert (code, out, err.count("\n")) == (2, "", 1), command
-        assert err.startswith('rsvlm: tiling "anyres" needs a LLaVA-NeXT checkpoint')
+        assert err.startswith('rsvlm: tiling "anyres" needs a checkpoint with grid_pinpoints')
     backend.config = telling_config(alignment=None)
     code, out, err = run(capsys, "classify", *images, "--labels", "a,b", "--method", "alignment")
     assert (code, out) == (2, "")

@@ -52,7 +52,7 @@ def test_a_budget_below_a_fixed_plan_is_refused() -> None:
 
 
 def test_anyres_needs_a_checkpoint_made_for_it() -> None:
-    with pytest.raises(InputError, match=r'needs a LLaVA-NeXT checkpoint with grid_pinpoints, this one is made for "fixed"'):
+    with pytest.raises(InputError, match=r'needs a checkpoint with grid_pinpoints, this one is made for "fixed"'):
         plan_image(picture("red"), telling_config(), SceneSettings(tiling="anyres"))
     config = telling_config(tiling="anyres", grid_pinpoints=((28, 56), (56, 56)))
     report = plan_image(picture("red", 56, 56), config, SceneSettings())
