@@ -166,7 +166,11 @@ def test_the_process_ends_quietly_when_its_reader_leaves(checkpoint: str, files:
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_an_interrupted_process_says_so(checkpoint: str, files: dict[str, str]) -> None:
     command = [sys.executable, "-m", "rsvlm_infer", "plan", "-c", checkpoint, *[files["red"]] * 5000]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+
+    def heed_interrupts() -> None:  # a shell's background jobs ignore them, and children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()
