@@ -23,7 +23,7 @@ def _why_not() -> str | None:
     if version is None:
         return triton_why_not()
     if version.startswith("3.6.") and tuple(int(part) for part in np.__version__.split(".")[:2]) >= (2, 4):
-        return f"the interpreter of triton {version} does not work with numpy {np.__version__} (2.4 refuses to make one-element arrays integers)"
+        return f"the interpreter of triton {version} does not work with numpy {np.__version__}, only below 2.4"
     return None
 
 
