@@ -41,9 +41,9 @@ def backends(device: torch.device) -> tuple[EagerBackend, CudaBackend]:
 
 
 def _prompts(backend: EagerBackend) -> list[Prompt]:
-    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (34, 40, 3), dtype=np.uint8)
     with open_scene(pixels) as scene:
-        packed = pack_scene(scene, plan_scene(70, 90, CONFIG), CONFIG)
+        packed = pack_scene(scene, plan_scene(34, 40, CONFIG), CONFIG)
     image = backend.encode([packed])[0]
     with_image = Prompt(np.array([1, *[IMAGE] * image.num_tokens, 5, 6], np.int32), (image,))
     return [with_image, Prompt(np.array([3, 4, 5], np.int32))]
