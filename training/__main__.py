@@ -33,8 +33,9 @@ from rsvlm_infer.text.tokenizer import Tokenizer
 
 from .dataset import Labelled, read_labelled, read_questions, read_split
 from .delta import write_delta
-from .language import low_rank_names, train_language
+from .language import Student, low_rank_names, student, train_language
 from .loop import trained_weights
+from .reward import train_reward
 from .samples import SampleMaker, consensus
 from .texts import (
     caption_table,
@@ -50,7 +51,7 @@ from .vision import VisionData, train_vision
 
 _log = logging.getLogger(__name__)
 
-STAGES = ("vision", "language", "texts", "delta")
+STAGES = ("vision", "language", "reward", "texts", "delta")
 
 # Variants of the model, all of equal active size where experts are on: two of 256 hidden units, or one of 512.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -139,6 +140,7 @@ def main() -> None:
     actions: dict[str, Callable[[Run], None]] = {
         "vision": vision_stage,
         "language": language_stage,
+        "reward": reward_stage,
         "texts": texts_stage,
         "delta": delta_stage,
         "variants": variants_stage,
@@ -174,13 +176,21 @@ def vision_stage(run: Run) -> None:
 
 def language_stage(run: Run) -> None:
     """Augmentation, experts, projector and low-rank updates."""
-    train_language_of(run, run.model("vision"), run.settings("language"), "language", run.low_rank())
+    train_language(*prepared(run, run.model("vision"), run.settings("language"), "language", run.low_rank()))
 
 
-def train_language_of(
+def reward_stage(run: Run) -> None:
+    """The same parameters once more, by the reward of sampled captions."""
+    trained = trained_weights(run.folder, "language")
+    low_rank = {name: trained[name] for name in low_rank_names(trained)}
+    settings = {**run.settings("language"), **run.recipe["reward"]}
+    train_reward(*prepared(run, run.model("vision", "language"), settings, "reward", low_rank))
+
+
+def prepared(
     run: Run, model: RsvlmModel, settings: dict[str, Any], name: str, low_rank_start: dict[str, Tensor]
-) -> None:
-    """Embeds the knowledge base and all queries once, then trains."""
+) -> tuple[Student, SampleMaker]:
+    """Embeds the knowledge base and all queries once; what the stages after `vision` train, and what draws their samples."""
     assert model.language_model is not None and model.alignment is not None
     model.language_model.to(torch.bfloat16)
     records = read_split("train")
@@ -193,16 +203,16 @@ def train_language_of(
     asked = len(maker.queries)
     knowledge = KnowledgeBase(texts[asked:], np.array([entry.level for entry in entries], np.int8), vectors[asked:])
     embeddings = dict(zip(maker.queries, vectors[:asked], strict=True))
-    train_language(model, run.tokenizer, settings, maker, knowledge, embeddings, run.folder, low_rank_start, name)
+    return student(model, run.tokenizer, settings, knowledge, embeddings, run.folder, low_rank_start, name), maker
 
 
 def variants_stage(run: Run) -> None:
     """Each variant of the model trained for the same few steps from the same start: what its modules are worth.
 
-    Augmentation and experts start anew in all of them, the full model too; projector and low-rank updates go on from the language stage.
+    Augmentation and experts start anew in all of them, the full model too; projector and low-rank updates go on from the reward stage.
     Each becomes a checkpoint folder for `python -m benchmarks.modules --variant`.
     """
-    trained = trained_weights(run.folder, "language")
+    trained = trained_weights(run.folder, "reward")
     kept = {name: tensor for name, tensor in trained.items() if name.startswith(("projector.", "image_newline"))}
     low_rank = {name: trained[name] for name in low_rank_names(trained)}
     for name, changes in VARIANTS.items():
@@ -217,7 +227,7 @@ def variants_stage(run: Run) -> None:
         settings = {**run.settings("language"), **run.recipe["variants"], "tied_experts": name == "dense"}
         if name == "full-closed-gates":
             settings["gate_start"] = 0.0
-        train_language_of(variant, model, settings, f"variant-{name}", low_rank)
+        train_language(*prepared(variant, model, settings, f"variant-{name}", low_rank))
         weights = load_file(DELTA_FOLDER / "delta.safetensors")
         weights = {key: value for key, value in weights.items() if not key.startswith(("augmentation.", "experts."))}
         weights |= trained_weights(run.folder, f"variant-{name}")
@@ -243,7 +253,7 @@ def texts_stage(run: Run) -> None:
     model.language_model.to(torch.bfloat16)
     kept = kept_states(run.folder / "states_train.npy", model, run.tokenizer, sentences)
     before = np.concatenate((kept[rows], text_states(model, run.tokenizer, labels)))
-    merge_low_rank(model, trained_weights(run.folder, "language"))
+    merge_low_rank(model, trained_weights(run.folder, "reward"))
     after = text_states(model, run.tokenizer, [*chosen, *labels])
     cosine = refit_text_projection(model.alignment, before, after, settings["ridge"])
     _log.info("texts: mean cosine between old and new embeddings %.4f", cosine)
@@ -269,7 +279,7 @@ def merge_low_rank(model: RsvlmModel, weights: dict[str, Tensor]) -> None:
 def delta_stage(run: Run) -> None:
     """Everything that was trained, over the packaged delta."""
     weights = {} if run.fresh else load_file(DELTA_FOLDER / "delta.safetensors")
-    for stage in ("vision", "language", "texts"):
+    for stage in ("vision", "reward", "texts"):
         weights |= trained_weights(run.folder, stage)
     write_delta(weights, DELTA_FOLDER, BASE_PARTS)
     logs = Path(__file__).with_name("logs")

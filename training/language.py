@@ -5,7 +5,8 @@ The vision encoder and the heads are frozen here, yet run live, so every image i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rsvlm_infer.models.rsvlm import RsvlmModel
 from rsvlm_infer.text.tokenizer import Tokenizer
 
 from .loop import Group, Loop, ahead
-from .samples import Row, SampleMaker
+from .samples import Row, Sample, SampleMaker
 
 
 class LowRank(nn.Module):
@@ -92,28 +93,85 @@ def trainable(model: RsvlmModel) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)}
 
 
-def train_language(
+@dataclass
+class Student:
+    """What stages 2 and 3 train: a model made ready, its loop, and what turns samples into visual tokens."""
+
+    backend: EagerBackend
+    tokenizer: Tokenizer
+    embeddings: dict[str, npt.NDArray[np.float32]]  # alignment embedding [De] of each query
+    loop: Loop
+    balance: Balance | None
+
+    @property
+    def language(self) -> LanguageModel:
+        assert self.backend.model.language_model is not None
+        return self.backend.model.language_model
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.embed_tokens.weight.device
+
+    def visual_tokens(self, samples: Sequence[Sample]) -> Tensor:
+        """Visual tokens of all samples in order [N, Dl], with gradients down to the taps."""
+        encode = self.tokenizer.encode
+        queries = [Query(np.array(encode(item.query), np.int32), self.embeddings[item.query]) for item in samples]
+        scenes = [sample.scene for sample in samples]
+        with torch.no_grad():
+            taps, aligned = self.backend.encode_levels(scenes)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            tokens, _, _ = self.backend.visual_tokens([tap.float() for tap in taps], aligned, scenes, queries)
+        return torch.cat([part for part in tokens if part is not None])
+
+    def embed(self, ids: Tensor, visual: Tensor) -> Tensor:
+        """Token ids [R, N] whose placeholders take the rows of `visual` in order -> [R, N, Dl]."""
+        places = ids == self.backend.config.image_token_id
+        embeds = self.language.embed_tokens(ids.masked_fill(places, 0))
+        return embeds.masked_scatter(places[..., None].expand_as(embeds), visual.to(embeds.dtype))  # type: ignore[no-any-return]
+
+    def weighted_loss(self, rows: Sequence[Row], visual: Tensor) -> Tensor:
+        """Cross-entropy of all targets, each times its weight, summed."""
+        names = ("token_ids", "positions", "mask", "targets", "weights")
+        ids, positions, mask, targets, weights = (
+            torch.stack([getattr(row, name) for row in rows]).to(self.device) for name in names
+        )
+        hidden = self.language(self.embed(ids, visual), positions, None, mask)
+        wanted = targets >= 0
+        losses = F.cross_entropy(self.language.logits(hidden[wanted]).float(), targets[wanted], reduction="none")
+        return (losses * weights[wanted]).sum()
+
+    def step(self, loss: Tensor, tied: bool, **shown: float) -> None:
+        """Gradients of the loss plus the experts' balance, and one step of the loop."""
+        total = loss
+        if self.balance is not None and self.balance.loss is not None:
+            total = loss + self.loop.settings["balance_weight"] * self.balance.loss
+            shown = {"balance": float(self.balance.loss.detach()), **shown}
+        total.backward()  # type: ignore[no-untyped-call]
+        if tied and self.backend.model.experts is not None:
+            _tie(self.backend.model.experts)
+        self.loop.update(loss=float(loss.detach()), **shown)
+
+
+def student(
     model: RsvlmModel,
     tokenizer: Tokenizer,
     settings: dict[str, Any],
-    maker: SampleMaker,
     knowledge: KnowledgeBase | None,
     embeddings: dict[str, npt.NDArray[np.float32]],
     folder: Path,
     low_rank_start: dict[str, Tensor],
-    name: str = "language",
-) -> None:
-    """Trains in place until the steps or the minutes are used up.
+    name: str,
+) -> Student:
+    """Freezes the encoder and the heads, opens closed gates, adds low-rank updates, and compiles the decoder layers.
 
     Args:
-        embeddings: alignment embedding [De] of each text in `maker.queries`.
         low_rank_start: earlier low-rank updates of the same rank to go on from; those absent start at no change.
+        name: of the loop's files in `folder`.
     """
     language = model.language_model
-    assert language is not None and model.projector is not None
+    assert language is not None and model.projector is not None and model.alignment is not None
     model.requires_grad_(False)
     model.vision_encoder.to(torch.bfloat16)
-    assert model.alignment is not None
     model.alignment.to(torch.bfloat16)
     language.to(torch.bfloat16)
     middle = trainable(model)
@@ -124,7 +182,8 @@ def train_language(
     fresh = {key: p for key, p in middle.items() if key not in gates and key not in slow}
     with torch.no_grad():
         for gate in gates.values():
-            if float(gate) == 0.0:  # a module behind a closed gate gets no gradient, and its gate only noise
+            # A module behind a closed gate gets no gradient, and its gate only noise.
+            if abs(float(gate)) < settings["gate_start"]:
                 gate.fill_(settings["gate_start"])
     low_rank = add_low_rank(language, settings["rank"]) if settings["rank"] else {}
     with torch.no_grad():
@@ -139,24 +198,26 @@ def train_language(
     loop = Loop(folder, name, [group for group in groups if group.parameters], settings)
     for layer in language.layers:
         layer.compile(dynamic=False)
-    backend = EagerBackend(model, "bfloat16", knowledge)
     balance = Balance(model.experts) if model.experts is not None else None
+    return Student(EagerBackend(model, "bfloat16", knowledge), tokenizer, embeddings, loop, balance)
+
+
+def train_language(pupil: Student, maker: SampleMaker) -> None:
+    """Trains in place until the steps or the minutes are used up."""
+    loop, settings = pupil.loop, pupil.loop.settings
+    knowledge = pupil.backend.knowledge
     rng = np.random.default_rng(settings["seed"] + loop.step)
     maker.rng = np.random.default_rng(settings["seed"] + loop.step)  # a resumed run does not repeat what was seen
-    batches = ahead(_batches(maker, settings))
+    batches = ahead(batches_of(maker, settings))
     for _ in loop:
         rows = next(batches)
-        backend.knowledge = knowledge if rng.random() >= settings["knowledge_dropout"] else None
-        loss = _loss(backend, tokenizer, rows, embeddings)
-        total = loss if balance is None or balance.loss is None else loss + settings["balance_weight"] * balance.loss
-        total.backward()
-        if settings.get("tied_experts") and model.experts is not None:
-            _tie(model.experts)
-        shown = {} if balance is None or balance.loss is None else {"balance": float(balance.loss.detach())}
-        loop.update(loss=float(loss.detach()), **shown, images=sum(len(row.samples) for row in rows))
+        pupil.backend.knowledge = knowledge if rng.random() >= settings["knowledge_dropout"] else None
+        samples = [sample for row in rows for sample in row.samples]
+        loss = pupil.weighted_loss(rows, pupil.visual_tokens(samples)) / sum(float(row.weights.sum()) for row in rows)
+        pupil.step(loss, settings.get("tied_experts", False), images=len(samples))
 
 
-def _batches(maker: SampleMaker, settings: dict[str, Any]) -> Iterator[list[Row]]:
+def batches_of(maker: SampleMaker, settings: dict[str, Any]) -> Iterator[list[Row]]:
     """Rows of one step, endlessly; every `long_every`-th step has fewer, longer rows, which hold larger budgets."""
     short = maker.rows(settings["row_tokens"], settings["budgets"])
     long = maker.rows(settings["long_row_tokens"], settings["long_budgets"])
@@ -164,29 +225,3 @@ def _batches(maker: SampleMaker, settings: dict[str, Any]) -> Iterator[list[Row]
         for place in range(settings["long_every"]):
             is_long = place == settings["long_every"] - 1
             yield [next(long if is_long else short) for _ in range(settings["long_rows" if is_long else "rows"])]
-
-
-def _loss(
-    backend: EagerBackend, tokenizer: Tokenizer, rows: list[Row], embeddings: dict[str, npt.NDArray[np.float32]]
-) -> Tensor:
-    language = backend.model.language_model
-    assert language is not None
-    device = language.embed_tokens.weight.device
-    ids = torch.stack([row.token_ids for row in rows]).to(device)  # [R, N]
-    places = ids == backend.config.image_token_id
-    samples = [sample for row in rows for sample in row.samples]
-    scenes = [sample.scene for sample in samples]
-    queries = [Query(np.array(tokenizer.encode(sample.query), dtype=np.int32), embeddings[sample.query]) for sample in samples]
-    with torch.no_grad():
-        taps, aligned = backend.encode_levels(scenes)
-    with torch.autocast(device.type, torch.bfloat16):
-        tokens, _, _ = backend.visual_tokens([tap.float() for tap in taps], aligned, scenes, queries)
-    embeds = language.embed_tokens(ids.masked_fill(places, 0))
-    visual = torch.cat([part for part in tokens if part is not None]).to(embeds.dtype)
-    embeds = embeds.masked_scatter(places[..., None].expand_as(embeds), visual)
-    positions, mask = (torch.stack([getattr(row, name) for row in rows]).to(device) for name in ("positions", "mask"))
-    hidden = language(embeds, positions, None, mask)
-    targets, weights = (torch.stack([getattr(row, name) for row in rows]).to(device) for name in ("targets", "weights"))
-    wanted = targets >= 0
-    losses = F.cross_entropy(language.logits(hidden[wanted]).float(), targets[wanted], reduction="none")
-    return (losses * weights[wanted]).sum() / weights.sum()

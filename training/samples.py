@@ -60,6 +60,23 @@ OBJECTS: dict[str, str] = {
     "bridge": r"bridges?",
 }
 PRESENCE_FORMS = ("Is there a {}?", "Is a {} present?", "Is there a {} in the image?", "Is a {} present in the image?")
+# RSVQA-LR's train questions are answered "yes" three times in four; an object that is there is asked for that much more often.
+ABSENT_SHARE = 1 / 3
+
+# What a Sentinel-2 tile of a class surely shows, in RSVQA's words; the classes that make an area urban.
+CLASS_OBJECTS: dict[str, tuple[str, ...]] = {
+    "annual crop": ("farmland",),
+    "forest": ("forest",),
+    "herbaceous vegetation": ("grass area",),
+    "highway": ("road",),
+    "industrial": ("building", "commercial building"),
+    "pasture": ("grass area",),
+    "permanent crop": ("farmland",),
+    "residential": ("building", "residential building", "road"),
+    "river": ("water area",),
+    "sea lake": ("water area",),
+}
+URBAN_CLASSES = ("industrial", "residential")
 
 
 @dataclass(frozen=True)
@@ -152,7 +169,8 @@ class SampleMaker:
         """All texts that may augment an image."""
         words = [*RSICD_THEMES.values(), *(word for part in self.sets.values() for word in part.words)]
         asked = {question.question for part in self.by_image.values() for question in part}
-        objects = {form.format(name) for form in PRESENCE_FORMS for name in OBJECTS}
+        named = {*OBJECTS, *(name for names in CLASS_OBJECTS.values() for name in names)}
+        objects = {form.format(name) for form in PRESENCE_FORMS for name in named}
         presence = {PRESENCE_QUESTION.format(theme=word) for word in words}
         return sorted({CAPTION_PROMPT, THEME_QUESTION, MOSAIC_QUESTION, AREA_QUESTION, *presence, *objects, *asked})
 
@@ -164,6 +182,7 @@ class SampleMaker:
             "rsicd": self._captioned,
             "rsvqa": self._asked,
             "mosaic": lambda: self._mosaic(budgets),
+            "patchwork": self._patchwork,
         }
         waiting: list[Sample] = []
         while True:
@@ -176,13 +195,24 @@ class SampleMaker:
                 waiting = []
             waiting.append(sample)
 
-    def _captioned(self) -> Sample:
+    def caption_prompts(self) -> Iterator[tuple[int, Sample]]:
+        """Endless images of RSICD without an answer: the row of each in the records, and its prompt; `stem` is all of the question."""
+        while True:
+            row, scene = self._next_captioned()
+            prefix, stem = self._split(CAPTION_PROMPT, scene.num_tokens)
+            yield row, Sample(scene, CAPTION_PROMPT, prefix, stem, [])
+
+    def _next_captioned(self) -> tuple[int, PackedScene]:
+        """A row of RSICD, none twice before all were drawn, and its image in a new variation."""
         if not self._waiting:
             self._waiting = self.rng.permutation(len(self.records)).tolist()
         row = self._waiting.pop()
+        pixels = self._read(self.records[row].path)
+        return row, self._scene(varied(pixels, self.config.preprocess.tile_px, self.rng, self.settings["least_area"]))
+
+    def _captioned(self) -> Sample:
+        row, scene = self._next_captioned()
         record = self.records[row]
-        image = varied(self._read(record.path), self.config.preprocess.tile_px, self.rng, self.settings["least_area"])
-        scene = self._scene(image)
         found = self.captions[row]
         weights = np.array([weight for _, weight in found])
         count = min(self.settings["captions"], len(found))
@@ -206,10 +236,14 @@ class SampleMaker:
         named = [name for name, words in OBJECTS.items() if re.search(rf"\b(?:{words})\b", text)]
         absent = [name for name in OBJECTS if self._object_rates[record.theme][name] < 0.005 and name not in named]
         out = []
-        for names, answer in ((named, "yes"), (absent, "no")):
-            if names:
-                out.append((str(self.rng.choice(PRESENCE_FORMS)).format(self.rng.choice(names)), answer))
+        if named:
+            out.append(self._object_question(named, "yes"))
+        if absent and self.rng.random() < ABSENT_SHARE:
+            out.append(self._object_question(absent, "no"))
         return out
+
+    def _object_question(self, names: Sequence[str], answer: str) -> tuple[str, str]:
+        return str(self.rng.choice(PRESENCE_FORMS)).format(self.rng.choice(list(names))), answer
 
     @cached_property
     def _object_rates(self) -> dict[str, dict[str, float]]:
@@ -233,15 +267,43 @@ class SampleMaker:
         asks += [self._presence([word], part.words) for _ in range(2)]
         return self._sample(scene, asks)
 
+    def _patchwork(self) -> Sample:
+        """4 x 4 EuroSAT tiles of a few classes: an image of RSVQA-LR's size and ground sample distance with known content."""
+        part = self.sets["eurosat"]
+        classes = self.rng.choice(len(part.words), int(self.rng.integers(1, 5)), replace=False)
+        cells = self.rng.choice(classes, 16)
+        by_class = self._rows_of_class
+        tiles = [self._read(part.images[int(self.rng.choice(by_class[int(number)]))].path) for number in cells]
+        image = np.concatenate([np.concatenate(tiles[row : row + 4], axis=1) for row in range(0, 16, 4)])
+        present = {name for number in cells for name in CLASS_OBJECTS[part.words[number]]}
+        absent = sorted({name for names in CLASS_OBJECTS.values() for name in names} - present)
+        asks = [self._object_question(sorted(present), "yes") for _ in range(2)]
+        if absent and self.rng.random() < 2 * ABSENT_SHARE:
+            asks.append(self._object_question(absent, "no"))
+        urban = sum(part.words[number] in URBAN_CLASSES for number in cells)
+        if urban == 0 or urban >= 4:
+            asks.append((AREA_QUESTION, "urban" if urban else "rural"))
+        return self._sample(self._scene(image), asks)
+
+    @cached_property
+    def _rows_of_class(self) -> list[list[int]]:
+        part = self.sets["eurosat"]
+        return [[row for row, number in enumerate(part.classes) if number == place] for place in range(len(part.words))]
+
     def _asked(self) -> Sample:
-        """Questions of one RSVQA image; only the orientation may change, because answers count and compare areas."""
+        """Questions of one RSVQA image, presence and area above all; only its orientation may change: answers count and compare."""
         paths = list(self.by_image)
         path = paths[int(self.rng.integers(len(paths)))]
-        turned = np.rot90(self._read(path), int(self.rng.integers(4)))
-        questions = self.by_image[path]
-        kept = [question for question in questions if not re.search(r"left|right|top|bottom", question.question)]
-        chosen = self.rng.choice(len(kept), min(8, len(kept)), replace=False)
-        return self._sample(self._scene(np.ascontiguousarray(turned)), [(kept[i].question, kept[i].answer) for i in chosen])
+        turns = int(self.rng.integers(4))
+        kept = [
+            question
+            for question in self.by_image[path]
+            if turns == 0 or not re.search(r"left|right|top|bottom", question.question)
+        ]
+        likely = np.array([4.0 if question.kind in ("presence", "rural_urban") else 1.0 for question in kept])
+        chosen = self.rng.choice(len(kept), min(10, len(kept)), replace=False, p=likely / likely.sum())
+        turned = np.ascontiguousarray(np.rot90(self._read(path), turns))
+        return self._sample(self._scene(turned), [(kept[i].question, kept[i].answer) for i in chosen])
 
     def _mosaic(self, budgets: Sequence[int]) -> Sample:
         rows, image = self.mosaic_image()
