@@ -22,6 +22,7 @@ from rsvlm_infer.backends.eager import EagerBackend
 from rsvlm_infer.evaluation.captions import caption_scores
 from rsvlm_infer.evaluation.datasets import RSICD_THEMES, class_words, read_class_folders, read_rsicd
 from rsvlm_infer.evaluation.retrieval import retrieval_scores, retrieval_texts
+from rsvlm_infer.knowledge.store import KnowledgeBase
 from rsvlm_infer.pipeline import default_checkpoint
 from rsvlm_infer.tasks.classify import LABEL_TEMPLATE
 from rsvlm_infer.tasks.retrieve import alignment_scores
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300, help="of each set")
     parser.add_argument("--checkpoint", type=Path, default=default_checkpoint())
     parser.add_argument("--variant", type=Path, nargs="*", default=[], help="more checkpoint folders to measure beside it")
+    parser.add_argument("--knowledge", type=Path, help="folder of a built knowledge base; without one the query alone augments")
     parser.add_argument("--precision", default="auto")
     chosen = parser.parse_args()
     torch.manual_seed(0)
@@ -169,6 +171,8 @@ def main() -> None:
     jobs += [(folder.name, folder, unchanged, {}) for folder in chosen.variant]
     for name, folder, change, options in jobs:
         model = RSVLM.from_pretrained(folder, "auto", chosen.precision)
+        if chosen.knowledge:
+            _backend(model).knowledge = KnowledgeBase.load(chosen.knowledge)
         change(model)
         values = answers(model, chosen.data, chosen.images, options)
         rows.append({**about(model, folder), "variant": name, "images": chosen.images, **values})
