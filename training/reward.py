@@ -164,4 +164,4 @@ def _batches(maker: SampleMaker, settings: dict[str, Any]) -> Iterator[tuple[lis
     plain = maker.rows(settings["row_tokens"], settings["budgets"])
     prompts = maker.caption_prompts()
     while True:
-        yield [next(prompts) for _ in range(settings["images"])], [next(plain) for _ in range(2)]
+        yield [next(prompts) for _ in range(settings["images"])], [next(plain) for _ in range(3)]

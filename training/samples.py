@@ -119,23 +119,22 @@ class Row:
 def consensus(records: Sequence[CaptionedImage]) -> list[list[tuple[str, float]]]:
     """Each image's distinct captions with a weight: how well the image's other captions agree with it (CIDEr), plus a little.
 
-    People differ; what most of them say about an image is what a reader wants to hear about it.
+    People differ; what most of them say about an image is what a reader wants to hear about it. A repeated sentence is no agreement:
+    RSICD's authors filled up to five with copies.
     """
     from pycocoevalcap.cider.cider import Cider
 
-    words = {index: [tokenize(caption) for caption in record.captions] for index, record in enumerate(records)}
-    totals: list[dict[str, float]] = [{} for _ in records]
+    texts = [list(dict.fromkeys(record.captions)) for record in records]
+    words = {index: [tokenize(caption) for caption in part] for index, part in enumerate(texts)}
+    found: list[list[tuple[str, float]]] = [[] for _ in records]
     for place in range(max(len(part) for part in words.values())):
         guess = {index: [part[place]] for index, part in words.items() if place < len(part) > 1}
         truth = {index: [text for other, text in enumerate(words[index]) if other != place] for index in guess}
-        _, scores = Cider().compute_score(truth, guess)
-        for index, score in zip(guess, scores, strict=True):
-            text = tidied(records[index].captions[place])
-            totals[index][text] = totals[index].get(text, 0.0) + 0.2 + float(score)
-    for index, record in enumerate(records):
-        if not totals[index]:
-            totals[index] = {tidied(record.captions[0]): 1.0}
-    return [list(part.items()) for part in totals]
+        if guess:
+            _, scores = Cider().compute_score(truth, guess)
+            for index, score in zip(guess, scores, strict=True):
+                found[index].append((tidied(texts[index][place]), 0.2 + float(score)))
+    return [part or [(tidied(texts[index][0]), 1.0)] for index, part in enumerate(found)]
 
 
 class SampleMaker:
@@ -161,7 +160,7 @@ class SampleMaker:
         self.themes = sorted(RSICD_THEMES)
         self.of_theme = {theme: [row for row, record in enumerate(records) if record.theme == theme] for theme in self.themes}
         self.end = list(config.eos_token_ids[:1])
-        self._waiting: list[int] = []
+        self._waiting: dict[str, list[int]] = {}
         self._pixels: dict[Any, npt.NDArray[np.uint8]] = {}
 
     @cached_property
@@ -203,10 +202,16 @@ class SampleMaker:
             yield row, Sample(scene, CAPTION_PROMPT, prefix, stem, [])
 
     def _next_captioned(self) -> tuple[int, PackedScene]:
-        """A row of RSICD, none twice before all were drawn, and its image in a new variation."""
-        if not self._waiting:
-            self._waiting = self.rng.permutation(len(self.records)).tolist()
-        row = self._waiting.pop()
+        """A row of RSICD and its image in a new variation: themes by chance, a theme's images in turn.
+
+        Only images with `least_sentences` distinct sentences, where the recipe asks for that.
+        """
+        theme = str(self.rng.choice(self.themes))
+        if not self._waiting.get(theme):
+            least = self.settings.get("least_sentences", 1)
+            rich = [row for row in self.of_theme[theme] if len(self.captions[row]) >= least]
+            self._waiting[theme] = self.rng.permutation(rich).tolist()
+        row = self._waiting[theme].pop()
         pixels = self._read(self.records[row].path)
         return row, self._scene(varied(pixels, self.config.preprocess.tile_px, self.rng, self.settings["least_area"]))
 
