@@ -129,6 +129,7 @@ def _experts(chip: int, family: str) -> Iterator[Spec]:
             ("glu", True, True, True),
             ("glu ragged", True, True, False),
             ("gelu", False, False, True),
+            ("glu level", True, False, True),
         ):
             constants = {**shared, **_blocks(up), "EVEN": even, "PERMUTED": permuted, "GATED": gated, "HAS_BIAS": not gated}
             yield Spec("experts_up", variant, dtype, chip, up_kernel, constants, up, types, multiples=("width", "hidden"))

@@ -26,6 +26,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "varlen_tile_attention": ("triton", "native"),
     "route": ("triton", "native"),
     "grouped_experts": ("triton", "native"),
+    "level_experts": ("triton", "native"),
     "rms_norm": ("triton", "native"),
     "rope": ("triton", "native"),
     "decode_attention": ("triton", "native"),
