@@ -6,9 +6,9 @@ import importlib.util
 from pathlib import Path
 
 from ..errors import BackendError, MissingDependencyError
-from .base import Backend, Embeddings, ImageFeatures, Prompt, Query
+from .base import Backend, Embeddings, GreedyBackend, ImageFeatures, Prompt, Query
 
-__all__ = ["BACKENDS", "Backend", "Embeddings", "ImageFeatures", "Prompt", "Query", "load_backend", "why_not"]
+__all__ = ["BACKENDS", "Backend", "Embeddings", "GreedyBackend", "ImageFeatures", "Prompt", "Query", "load_backend", "why_not"]
 
 # Backend -> precisions, in order of preference. Preference is data; capability is why_not().
 BACKENDS: dict[str, tuple[str, ...]] = {

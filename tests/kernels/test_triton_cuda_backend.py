@@ -10,6 +10,7 @@ from rsvlm_infer.backends import Prompt
 from rsvlm_infer.backends.cuda import CudaBackend
 from rsvlm_infer.backends.eager import EagerBackend
 from rsvlm_infer.config import ExpertsConfig, LanguageConfig, PreprocessConfig, ProjectorConfig, RsvlmConfig, VisionConfig
+from rsvlm_infer.engine import Engine, Request
 from rsvlm_infer.errors import InputError
 from rsvlm_infer.imagery.pack import pack_scene
 from rsvlm_infer.imagery.plan import plan_scene
@@ -63,6 +64,19 @@ def test_prefill_steps_and_fewer_rows_equal_eager(backends: tuple[EagerBackend, 
     eager_cache, cuda_cache = eager.keep(eager_cache, [1]), cuda.keep(cuda_cache, [1])
     tokens = expected[1:].argmax(axis=1).astype(np.int32)
     np.testing.assert_allclose(cuda.decode(cuda_cache, tokens), eager.decode(eager_cache, tokens), atol=2e-4, rtol=2e-4)
+
+
+def test_the_engine_gets_the_same_tokens_from_both(backends: tuple[EagerBackend, CudaBackend]) -> None:
+    found = []
+    for backend in backends:
+        with_image, plain = _prompts(backend)
+        requests = [
+            Request(with_image.token_ids, with_image.images, max_new_tokens=3),
+            Request(plain.token_ids, max_new_tokens=4),
+        ]
+        events = list(Engine(backend).generate(requests))
+        found.append([(event.request_index, event.token_id, event.finish_reason) for event in events])
+    assert found[0] == found[1]
 
 
 def test_greedy_on_the_device_equals_greedy_on_the_host(backends: tuple[EagerBackend, CudaBackend]) -> None:
