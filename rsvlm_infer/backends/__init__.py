@@ -13,7 +13,8 @@ __all__ = ["BACKENDS", "Backend", "Embeddings", "GreedyBackend", "ImageFeatures"
 # Backend -> precisions, in order of preference. Preference is data; capability is why_not().
 BACKENDS: dict[str, tuple[str, ...]] = {
     "eager": ("float32", "bfloat16", "float16"),
-    "cuda": ("bfloat16", "float16", "float32"),  # after eager, so "auto" does not choose it: no GPU has run it yet
+    # after eager, so "auto" does not choose it: no GPU has run it yet; int8 and int4: weights of the language model's layers
+    "cuda": ("bfloat16", "float16", "float32", "int8", "int4"),
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import BackendError, InputError
 from ..knowledge.store import KnowledgeBase
 from ..layers.language_model import KvCache, LanguageModel
+from ..layers.packed_linear import pack_linears
 from ..models.load import load_checkpoint
 from ..ops.registry import OPS
 from ..ops.registry import why_not as op_why_not
@@ -63,13 +64,24 @@ class CudaBackend(EagerBackend):
 
     @classmethod
     def load(cls, path: Path, precision: str) -> CudaBackend:
-        """From a checkpoint folder, onto the current CUDA device."""
+        """From a checkpoint folder, onto the current CUDA device.
+
+        "int8" and "int4" store the matrices of the language model's layers so, one scale per 32 columns; everything else, word
+        embeddings and the vision side too, is bfloat16, and so are all activations.
+
+        Raises:
+            InputError: "int8" or "int4" for a language model whose widths are no multiples of 32.
+        """
         triton_ops()  # says once what falls back
-        loaded = load_checkpoint(path, dtype=precision, implementation="auto")
+        packed = precision in ("int8", "int4")
+        loaded = load_checkpoint(path, dtype="bfloat16" if packed else precision, implementation="auto")
         knowledge = None if loaded.knowledge_folder is None else KnowledgeBase.load(loaded.knowledge_folder)
         if knowledge is not None and knowledge.embedder is not None:
             knowledge.require_embedder(loaded.embedder)
-        return cls(loaded.model.to("cuda"), precision, knowledge)
+        model = loaded.model.to("cuda")
+        if packed and model.language_model is not None:
+            pack_linears(model.language_model.layers, "int8" if precision == "int8" else "int4", "auto")
+        return cls(model, precision, knowledge)
 
     @torch.inference_mode()
     def prefill(self, sequences: Any, capacity: int) -> tuple[npt.NDArray[np.float32], KvCache]:

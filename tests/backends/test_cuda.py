@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,13 +15,15 @@ from rsvlm_infer.config import LanguageConfig, PreprocessConfig, ProjectorConfig
 from rsvlm_infer.engine import Engine, Request
 from rsvlm_infer.errors import BackendError, InputError, MissingDependencyError
 from rsvlm_infer.layers.language_model import KvCache
+from rsvlm_infer.layers.packed_linear import PackedLinear
+from rsvlm_infer.models.checkpoint import save_checkpoint
 from rsvlm_infer.models.rsvlm import RsvlmModel
 from rsvlm_infer.ops.registry import OPS
 
 CONFIG = RsvlmConfig(
     vision=VisionConfig("dinov2", 24, 48, 3, 2, 4, 5, (1, 2, 3), "gelu", "bicubic", 1e-6, True, False, True, True),
     preprocess=PreprocessConfig(tile_px=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
-    language=LanguageConfig("llama", 60, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 512, False, True),
+    language=LanguageConfig("llama", 60, 32, 64, 2, 4, 2, 8, 1e-5, 1e4, 512, False, True),
     projector=ProjectorConfig(40, pixel_shuffle=2, input_norm=True, box_embedding=True),
     tiling="dris",
 )
@@ -32,6 +36,32 @@ def test_auto_prefers_eager_and_a_named_backend_says_why_not() -> None:
     assert why_not("cuda") == "no CUDA device is visible to torch"
     with pytest.raises(MissingDependencyError, match="backend 'cuda' cannot run here: no CUDA device"):
         load_backend("absent", "cuda")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_integer_precisions_pack_the_language_layers_and_nothing_else(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "triton_ops", frozenset)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)  # there is no CUDA device to go to
+    torch.manual_seed(0)
+    folder = save_checkpoint(tmp_path / "model", CONFIG, RsvlmModel(CONFIG).state_dict())
+    backend, wide = CudaBackend.load(folder, kind), CudaBackend.load(folder, "bfloat16")
+    assert (backend.precision, BACKENDS["cuda"][-2:]) == (kind, ("int8", "int4"))
+    language = backend.model.language_model
+    assert language is not None
+    packed = {name for name, module in backend.model.named_modules() if isinstance(module, PackedLinear)}
+    assert packed == {
+        f"language_model.layers.{layer}.{name}"
+        for layer in (0, 1)
+        for name in ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down")
+    }
+    assert {parameter.dtype for parameter in backend.model.parameters()} == {torch.bfloat16}
+    prompt, tokens = Prompt(np.array([3, 4, 5], np.int32)), np.array([6], np.int32)
+    (actual, cache), (expected, wide_cache) = backend.prefill([prompt], 5), wide.prefill([prompt], 5)
+    # the widest rounding of a weight is half a step of its group's largest: 1/14 for int4, 1/254 for int8
+    for left, right in ((actual, expected), (backend.decode(cache, tokens), wide.decode(wide_cache, tokens))):
+        assert 0 < np.abs(left - right).max() < (0.5 if kind == "int4" else 0.05) * np.abs(right).max()
 
 
 def _never(*arguments: object) -> None:
