@@ -6,14 +6,15 @@ import importlib.util
 from pathlib import Path
 
 from ..errors import BackendError, MissingDependencyError
-from .base import Backend, Embeddings, ImageFeatures, Prompt, Query
+from .base import Backend, Embeddings, GreedyBackend, ImageFeatures, Prompt, Query
 
-__all__ = ["BACKENDS", "Backend", "Embeddings", "ImageFeatures", "Prompt", "Query", "load_backend", "why_not"]
+__all__ = ["BACKENDS", "Backend", "Embeddings", "GreedyBackend", "ImageFeatures", "Prompt", "Query", "load_backend", "why_not"]
 
 # Backend -> precisions, in order of preference. Preference is data; capability is why_not().
 BACKENDS: dict[str, tuple[str, ...]] = {
     "eager": ("float32", "bfloat16", "float16"),
-    "cuda": ("bfloat16", "float16", "float32"),  # after eager, so "auto" does not choose it: no GPU has run it yet
+    # after eager, so "auto" does not choose it: no GPU has run it yet; int8 and int4: weights of the language model's layers
+    "cuda": ("bfloat16", "float16", "float32", "int8", "int4"),
 }
 
 

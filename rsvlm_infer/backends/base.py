@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -82,3 +82,17 @@ class Backend(Protocol):
 
     def embed_text(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
         """Texts -> L2-normalised [B, De]."""
+
+
+@runtime_checkable
+class GreedyBackend(Backend, Protocol):
+    """A backend that can also choose the most likely token where its logits are, so that only token ids cross to the host."""
+
+    def decode_greedy(self, cache: Any, token_ids: npt.NDArray[np.int32], steps: int) -> npt.NDArray[np.int32]:
+        """Feeds one token to every row, then each row's own choice `steps` - 1 times; ids int32 [B, steps]. The cache grows in place.
+
+        A choice is the highest logit's id, ties to the lowest: what the host would take from `decode`. No row stops by itself.
+
+        Raises:
+            BackendError: a best logit that is not a finite number.
+        """

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.base import Backend, Prompt
+from ..backends.base import Backend, GreedyBackend, Prompt
 from ..errors import InputError
 from .checks import check_integer
 from .choices import ChoiceTrie
@@ -24,6 +25,7 @@ class Engine:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}; raise it")
         self.backend = backend
+        self._chooser = backend if isinstance(backend, GreedyBackend) else None
         self.max_batch = max_batch
 
     def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
@@ -46,8 +48,8 @@ class Engine:
             started = time.perf_counter()
             queue_ms = (started - called) * 1e3
             logits, cache = self.backend.prefill([row.request.prompt for row in rows], capacity)  # [B, V]
+            chosen = [row.choose(logits[i]) for i, row in enumerate(rows)]
             while True:
-                chosen = [row.choose(logits[i]) for i, row in enumerate(rows)]
                 step_ms = (time.perf_counter() - started) * 1e3
                 for row, token_id in zip(rows, chosen, strict=True):
                     yield TokenEvent(row.index, token_id, step_ms, row.finish_reason, queue_ms)
@@ -59,7 +61,18 @@ class Engine:
                 if len(alive) < len(rows):
                     cache = self.backend.keep(cache, alive)
                     rows = [rows[i] for i in alive]
-                logits = self.backend.decode(cache, np.array([chosen[i] for i in alive], dtype=np.int32))
+                chosen = self._step(rows, cache, np.array([chosen[i] for i in alive], dtype=np.int32))
+
+    def _step(self, rows: list[_Row], cache: Any, token_ids: npt.NDArray[np.int32]) -> list[int]:
+        """Feeds `token_ids` [B]; the next token of every row. When all are greedy and the backend can, logits stay where they are.
+
+        One step per call: a row may end at any token, and a step after its end costs more than reading a few ids.
+        """
+        if self._chooser is not None and all(row.request.greedy for row in rows):
+            ids = self._chooser.decode_greedy(cache, token_ids, 1)[:, 0]
+            return [row.accept(int(token_id)) for row, token_id in zip(rows, ids, strict=True)]
+        logits = self.backend.decode(cache, token_ids)  # [B, V]
+        return [row.choose(logits[i]) for i, row in enumerate(rows)]
 
     def score_choices(self, prompt: Prompt, choices: Sequence[Sequence[int]]) -> ChoiceScores:
         """Mean log-probability per token of each choice after one prompt, by teacher forcing.
@@ -149,9 +162,13 @@ class _Row:
         self.node = None if request.allowed is None else ChoiceTrie(request.allowed).root
 
     def choose(self, logits: npt.NDArray[np.float32]) -> int:
-        """The next token id from logits [V]; sets `finish_reason` when it is the last one."""
+        """The next token id from logits [V]; see `accept`."""
         request = self.request
-        token_id = choose_token(logits, request.temperature, request.top_p, self.generator, self._allowed_ids())
+        return self.accept(choose_token(logits, request.temperature, request.top_p, self.generator, self._allowed_ids()))
+
+    def accept(self, token_id: int) -> int:
+        """Takes this token as the row's next one and gives it back; sets `finish_reason` when it is the last one."""
+        request = self.request
         self.count += 1
         if self.node is not None:
             self.node = self.node.children.get(token_id)
