@@ -8,6 +8,7 @@
 #include <fstream>
 #include <functional>
 #include <iostream>
+#include <new>
 #include <set>
 #include <stdexcept>
 
@@ -79,13 +80,24 @@ void run_decode_attention(const Case& c, const Outputs& out) {
                       c.array("q").element()});
 }
 
+// A layout is made for the kernel and lies on a cache line, unlike what callers bring.
+struct Layout {
+    explicit Layout(std::size_t bytes) : memory(::operator new(bytes, kAlignment)) {}
+    ~Layout() { ::operator delete(memory, kAlignment); }
+    Layout(const Layout&) = delete;
+    Layout& operator=(const Layout&) = delete;
+
+    static constexpr std::align_val_t kAlignment{64};
+    void* const memory;
+};
+
 void run_weight_matmul(const Case& c, const Outputs& out) {
     const std::map<std::string, WeightKind> kinds{
         {"bf16", WeightKind::kBf16}, {"int8", WeightKind::kInt8}, {"int4", WeightKind::kInt4}};
     const WeightShape shape{kinds.at(c.words.at("kind")), c.number("rows"), c.number("columns"), c.number("wide_scales") != 0};
-    const Array layout("uint8", static_cast<std::size_t>(weight_layout_bytes(shape)));
-    lay_out_weight(shape, c.array("codes").data(), c.data_or_null("scales"), layout.data());
-    weight_matmul(shape, layout.data(), c.array("x").data(), c.number("tokens"), c.array("x").element(), out.at("out").data());
+    const Layout layout(static_cast<std::size_t>(weight_layout_bytes(shape)));
+    lay_out_weight(shape, c.array("codes").data(), c.data_or_null("scales"), layout.memory);
+    weight_matmul(shape, layout.memory, c.array("x").data(), c.number("tokens"), c.array("x").element(), out.at("out").data());
 }
 
 void run_cue_search(const Case& c, const Outputs& out) {
