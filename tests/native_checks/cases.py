@@ -38,8 +38,9 @@ class Case:
     """One case, written part by part; csrc/checks/case_file.h reads it."""
 
     def __init__(self, op: str, label: str, refusal: str = "") -> None:
-        self.op = op
+        self.refused = bool(refusal)
         self._parts = [f"case {op} {label}\n".encode()]
+        self._expected: list[tuple[str, str, NDArray[np.float64], float]] = []
         if refusal:
             self._parts.append(f"refusal {refusal}\n".encode())
 
@@ -66,8 +67,7 @@ class Case:
         return self.number(**{f"{name}.{stride}": tensor.stride(place) for place, stride in enumerate(strides)})
 
     def expect(self, name: str, kind: str, values: Any, allowed: float = 0.0) -> Case:
-        flat = to_float64(values).ravel()
-        self._parts += [f"expect {name} {kind} {flat.size} {allowed:.17g}\n".encode(), flat.tobytes()]
+        self._expected.append((name, kind, to_float64(values).ravel(), allowed))
         return self
 
     def parity(self, name: str, eager: Tensor, reference: Any) -> Case:
@@ -77,8 +77,19 @@ class Case:
         allowed = allowed_error(ours[finite], expected[finite], epsilon=EPSILONS[eager.dtype])
         return self.expect(name, _kind(eager.dtype), expected, allowed)
 
-    def write(self, file: BinaryIO) -> None:
-        file.write(b"".join([*self._parts, b"end\n"]))
+    def can_be_wrong(self) -> bool:
+        """There is a number that another number could be compared with."""
+        return not self.refused and np.isfinite(self._expected[0][2][-1:]).any()
+
+    def write(self, file: BinaryIO, wrong: bool = False) -> None:
+        """`wrong`: the last number expected of the first output is off by twice what is allowed."""
+        file.write(b"".join(self._parts))
+        for place, (name, kind, values, allowed) in enumerate(self._expected):
+            if wrong and place == 0:
+                values = values.copy()
+                values[-1] += 2 * allowed or 1
+            file.write(f"expect {name} {kind} {values.size} {allowed:.17g}\n".encode() + values.tobytes())
+        file.write(b"end\n")
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -128,7 +139,9 @@ def _route() -> Iterator[Case]:
         made = Case("route", label, refusal).array(logits=logits, level_offsets=_bounds(lengths))
         made.number(tokens=logits.shape[0], experts=logits.shape[1], k=k)
         if refusal:
-            return made.expect("expert_offsets", "int32", []).expect("permutation", "int32", []).expect("weights", "float32", [])
+            return (
+                made.expect("expert_offsets", "int32", []).expect("permutation", "int32", []).expect("weights", "float32", [])
+            )
         offsets, order, weights = route(logits, _bounds(lengths), k)
         made.expect("expert_offsets", "int32", offsets).expect("permutation", "int32", order)
         chosen = torch.empty(order.shape, dtype=torch.int64)
@@ -379,3 +392,29 @@ def record(path: Path) -> int:
                 case.write(file)
                 count += 1
     return count
+
+
+def record_wrong(path: Path) -> set[str]:
+    """Writes one case per op whose expectation is wrong, to see that the judge says so; gives the ops."""
+    with path.open("wb") as file, torch.inference_mode():
+        for recorder in RECORDERS.values():
+            next(case for case in recorder() if case.can_be_wrong()).write(file, wrong=True)
+    return set(RECORDERS)
+
+
+def record_overrun(path: Path) -> None:
+    """Writes a case that reads one element beyond its input, which a sanitizer must see."""
+    case = Case("rms_norm", "overrun").number(rows=3, width=13, eps=1e-5).array(x=torch.ones(3 * 13 - 1), weight=torch.ones(13))
+    with path.open("wb") as file:
+        case.expect("out", "float32", torch.ones(3 * 13), 1.0).write(file)
+
+
+def record_undefined(path: Path) -> None:
+    """Writes a case whose mask holds a bool that is neither true nor false, which a sanitizer must see."""
+    places = {"batch_stride": 64, "row_stride": 16, "head_stride": 16}
+    case = Case("decode_attention", "undefined").array(mask=np.full(4, 2, np.uint8), positions=np.zeros(1, np.int64))
+    for name in "qkv":
+        case.array(**{name: torch.ones(64)}).number(**{f"{name}.{stride}": value for stride, value in places.items()})
+    case.number(batch=1, tokens=1, heads=1, kv_heads=1, capacity=4, head_dim=16)
+    with path.open("wb") as file:
+        case.expect("out", "float32", torch.ones(16), 1.0).write(file)
