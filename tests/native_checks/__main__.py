@@ -1,4 +1,4 @@
-"""Proves csrc beyond the CPU at hand: emulated CPUs, sanitizers, another architecture. Knows compilers and no op.
+"""Proves csrc beyond the CPU at hand, on x86-64: emulated CPUs, sanitizers, another architecture. Knows compilers and no op.
 
     python -m tests.native_checks                    all three
     python -m tests.native_checks emulated           AVX2 and portable kernels under qemu-user, as dispatch chooses them there
@@ -39,6 +39,7 @@ SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-ffp-contract=off", "-fope
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 # CPU of qemu -> kernels and compiler-made loops that dispatch must choose there. Neither has AVX-512, nor does qemu.
 EMULATED = {"Haswell": ("avx2", "avx2"), "Nehalem": ("portable", "baseline")}
+LONGEST_S = 1200  # of one program: half a minute at most on an idle machine, so this is a deadlock
 
 
 class CheckError(Exception):
@@ -50,11 +51,16 @@ def missing_packages() -> list[str]:
     return sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
 
 
-def run(command: Sequence[str | Path], environment: dict[str, str] | None = None) -> tuple[int, str]:
+def run(command: Sequence[str | Path]) -> tuple[int, str]:
     """Exit status and what it said; qemu's notes on features that no kernel uses are left out."""
     # threads that spin while they wait starve each other when there are more of them than cores
-    variables = os.environ | {"OMP_WAIT_POLICY": "passive"} | (environment or {})
-    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, errors="replace", check=False)
+    variables = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    try:
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, errors="replace", timeout=LONGEST_S
+        )
+    except subprocess.TimeoutExpired:
+        raise CheckError(f"not done after {LONGEST_S} s: {' '.join(map(str, command))}") from None
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "TCG doesn't support requested feature" not in line]
     return done.returncode, "\n".join(lines)
 

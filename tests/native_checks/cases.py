@@ -79,7 +79,7 @@ class Case:
 
     def can_be_wrong(self) -> bool:
         """There is a number that another number could be compared with."""
-        return not self.refused and np.isfinite(self._expected[0][2][-1:]).any()
+        return not self.refused and bool(np.isfinite(self._expected[0][2][-1:]).any())
 
     def write(self, file: BinaryIO, wrong: bool = False) -> None:
         """`wrong`: the last number expected of the first output is off by twice what is allowed."""
@@ -349,7 +349,7 @@ def _pack_tiles() -> Iterator[Case]:
             first = vertical_first(image.shape, place[:2])
             numbers = np.array([5, height, width, row.shape[1], *place, int(first)], np.int64)
             made.array(**{f"image{index}": row, f"image{index}.places": numbers})
-        made.array(mean=np.float32(mean), std=np.float32(std), fill=np.uint8(fill))
+        made.array(mean=np.array(mean, np.float32), std=np.array(std, np.float32), fill=np.array(fill, np.uint8))
         pairs = [[place[start : start + 2] for place in places] for start in (0, 2, 4)]
         return made.expect("patches", "float32", pack_tiles(images, *pairs, patch, mean, std, resample, fill), PACK_TOLERANCE)
 
