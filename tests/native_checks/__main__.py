@@ -39,6 +39,15 @@ SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-ffp-contract=off", "-fope
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 # CPU of qemu -> kernels and compiler-made loops that dispatch must choose there. Neither has AVX-512, nor does qemu.
 EMULATED = {"Haswell": ("avx2", "avx2"), "Nehalem": ("portable", "baseline")}
+# reads one float beyond x
+OVERRUN = """
+import numpy as np
+from rsvlm_infer import _C
+print(_C.__file__, flush=True)
+x, weight, out = np.ones(38, np.float32), np.ones(13, np.float32), np.ones(39, np.float32)
+address = lambda array: array.ctypes.data
+_C.rms_norm(x=address(x), weight=address(weight), out=address(out), rows=3, width=13, eps=1e-5, dtype="float32")
+"""
 LONGEST_S = 1200  # of one program: half a minute at most on an idle machine, so this is a deadlock
 
 
@@ -51,13 +60,13 @@ def missing_packages() -> list[str]:
     return sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
 
 
-def run(command: Sequence[str | Path]) -> tuple[int, str]:
+def run(command: Sequence[str | Path], place: Path = REPOSITORY, **more: str) -> tuple[int, str]:
     """Exit status and what it said; qemu's notes on features that no kernel uses are left out."""
     # threads that spin while they wait starve each other when there are more of them than cores
-    variables = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    variables = os.environ | {"OMP_WAIT_POLICY": "passive"} | more
     try:
         done = subprocess.run(
-            command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, errors="replace", timeout=LONGEST_S
+            command, cwd=place, env=variables, capture_output=True, text=True, errors="replace", timeout=LONGEST_S
         )
     except subprocess.TimeoutExpired:
         raise CheckError(f"not done after {LONGEST_S} s: {' '.join(map(str, command))}") from None
@@ -65,9 +74,9 @@ def run(command: Sequence[str | Path]) -> tuple[int, str]:
     return done.returncode, "\n".join(lines)
 
 
-def demand(command: Sequence[str | Path]) -> str:
+def demand(command: Sequence[str | Path], place: Path = REPOSITORY, **more: str) -> str:
     """What a command said that had to succeed."""
-    status, said = run(command)
+    status, said = run(command, place, **more)
     if status != 0:
         raise CheckError(f"{said}\nexit status {status} of: {' '.join(map(str, command))}")
     return said
@@ -86,6 +95,16 @@ def compile_all(compiler: str, flags: Sequence[str], sources: Sequence[Path], fo
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_one, sources))
+
+
+def compile_bindings(compiler: str, flags: Sequence[str], folder: Path) -> list[Path]:
+    """Objects of what translates between Python and the core."""
+    import pybind11
+
+    # Python.h of this machine serves aarch64 too: both have 64-bit pointers and longs, and nothing is linked there
+    headers = [f"-I{place}" for place in (CSRC / "python", sysconfig.get_path("include"), pybind11.get_include())]
+    sources = sorted((CSRC / "python").glob("*.cpp"))
+    return compile_all(compiler, [*flags, "-fvisibility=hidden", "-fPIC", *headers], sources, folder)
 
 
 def build_runner(compiler: str, flags: Sequence[str], folder: Path) -> Path:
@@ -133,7 +152,7 @@ def check_emulated(cases: Path, ops: set[str], folder: Path) -> None:
 
 def check_sanitized(cases: Path, ops: set[str], folder: Path) -> None:
     """No access out of bounds and no undefined behaviour, with every instruction set that this CPU has."""
-    program = build_runner("g++", [*SANITIZED, *SANITIZERS], folder / "sanitized")
+    program = build_runner("g++", [*SANITIZED, *SANITIZERS, "-fPIC"], folder / "sanitized")
     judge([program], cases, ops, [])
     for name, words in (
         ("overrun", "AddressSanitizer: heap-buffer-overflow"),
@@ -142,19 +161,40 @@ def check_sanitized(cases: Path, ops: set[str], folder: Path) -> None:
         status, said = run([program, cases / name])
         if status == 0 or words not in said:
             raise CheckError(f"{said}\nthe sanitizers did not see the case '{name}'")
+    check_sanitized_extension(folder)
+
+
+def check_sanitized_extension(folder: Path) -> None:
+    """The native tests of tests/ops, with shapes that hypothesis draws, through the bindings."""
+    tree, flags = folder / "tree", [*SANITIZED, "-O0", *SANITIZERS]  # bindings only translate: -O0 compiles in half the time
+    shutil.copytree(REPOSITORY / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    (tree / "pyproject.toml").symlink_to(REPOSITORY / "pyproject.toml")
+    (tree / "rsvlm_infer").mkdir()
+    for part in (REPOSITORY / "rsvlm_infer").iterdir():
+        if part.suffix != ".so":
+            (tree / "rsvlm_infer" / part.name).symlink_to(part)
+    core = [path for path in (folder / "sanitized").glob("*.o") if not path.name.startswith("checks-")]
+    extension = tree / "rsvlm_infer" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    bindings = compile_bindings("g++", flags, folder / "sanitized-bindings")
+    demand(["g++", *flags, "-shared", *core, *bindings, "-o", extension])
+    # the sanitizer must come before all else in a program that was not linked with it; exceptions need the C++ library there too
+    preload = " ".join(demand(["g++", f"-print-file-name={name}.so"]) for name in ("libasan", "libstdc++"))
+    # not of leaks: the interpreter keeps what it allocates
+    with_sanitizer = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(tree)}
+    status, said = run([sys.executable, "-c", OVERRUN], tree, **with_sanitizer)
+    if status == 0 or str(extension) not in said or "AddressSanitizer: heap-buffer-overflow" not in said:
+        raise CheckError(f"{said}\nthe sanitizer did not see an overrun through the extension")
+    # without the tests of equal bits, which run the same shapes twenty times
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native and not same_bits", "tests/ops"]
+    print(demand(tests, tree, **with_sanitizer).splitlines()[-1], flush=True)
 
 
 def check_aarch64(cases: Path, ops: set[str], folder: Path) -> None:
     """Every source compiles, the bindings too; the portable kernels give the right results."""
-    import pybind11
-
     compiler = "aarch64-linux-gnu-g++"
     program = build_runner(compiler, [*SHIPPED, "-static"], folder / "aarch64")  # static: qemu needs no foreign libraries
     judge(["qemu-aarch64", program], cases, ops, ["portable", "baseline"])
-    # Python.h of this machine serves: both have 64-bit pointers and longs, and nothing is linked
-    headers = [f"-I{place}" for place in (CSRC / "python", sysconfig.get_path("include"), pybind11.get_include())]
-    bindings = sorted((CSRC / "python").glob("*.cpp"))
-    compile_all(compiler, [*WARNINGS, "-fvisibility=hidden", "-fPIC", "-fopenmp", *headers], bindings, folder / "bindings")
+    bindings = compile_bindings(compiler, [*WARNINGS, "-fopenmp"], folder / "bindings")
     print(f"aarch64: {len(bindings)} sources of bindings compiled", flush=True)
 
 
