@@ -53,13 +53,12 @@ _log = logging.getLogger(__name__)
 
 STAGES = ("vision", "language", "reward", "texts", "delta")
 
-# Variants of the model, all of equal active size where experts are on: two of 256 hidden units, or one of 512.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "no-augmentation": {"augmentation": None},
-    "no-experts": {"experts": None},
-    "dense": {"experts": ExpertsConfig(num_experts=3, top_k=1, intermediate_size=512)},  # its three experts stay one network
-    "level": {"experts": ExpertsConfig(num_experts=3, top_k=1, intermediate_size=512)},
+# Variants of the experts, all of equal active size: two of 256 hidden units, or one of 512. Modules are left out without training:
+# `python -m benchmarks.modules` switches them off.
+VARIANTS: dict[str, ExpertsConfig | None] = {
+    "full": None,
+    "dense": ExpertsConfig(num_experts=3, top_k=1, intermediate_size=512),  # its three experts stay one network
+    "level": ExpertsConfig(num_experts=3, top_k=1, intermediate_size=512),
 }
 
 
@@ -71,6 +70,7 @@ class Run:
     base: Path
     fresh: bool
     changes: Mapping[str, Any] = field(default_factory=dict)  # of the config, for a variant of the model
+    without: tuple[str, ...] = ()  # beginnings of weight names that the packaged delta does not give: they start anew
 
     @cached_property
     def folder(self) -> Path:
@@ -101,7 +101,8 @@ class Run:
         known = set(model.state_dict())
         if not self.fresh:
             delta = load_file(DELTA_FOLDER / "delta.safetensors")
-            weights |= {name: tensor.float() for name, tensor in delta.items() if name in known}
+            kept = {name: tensor for name, tensor in delta.items() if not name.startswith(self.without)}
+            weights |= {name: tensor.float() for name, tensor in kept.items() if name in known}
         for stage in stages:
             weights |= {name: tensor for name, tensor in trained_weights(self.folder, stage).items() if name in known}
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -206,16 +207,19 @@ def prepared(
 
 
 def variants_stage(run: Run) -> None:
-    """Each variant of the model trained for the same few steps from the same start: what its modules are worth.
+    """Each variant of the experts trained for the same few steps from the same start.
 
-    Augmentation and experts start anew in all of them, the full model too; projector and low-rank updates go on from the reward stage.
+    Experts start anew in all of them, the full model too; augmentation, projector and low-rank updates go on from the reward stage.
     Each becomes a checkpoint folder for `python -m benchmarks.modules --variant`.
     """
     trained = trained_weights(run.folder, "reward")
-    kept = {name: tensor for name, tensor in trained.items() if name.startswith(("projector.", "image_newline"))}
+    kept = {
+        name: tensor for name, tensor in trained.items() if name.startswith(("augmentation.", "projector.", "image_newline"))
+    }
     low_rank = {name: trained[name] for name in low_rank_names(trained)}
-    for name, changes in VARIANTS.items():
-        variant = dataclasses.replace(run, changes=changes)
+    for name, experts in VARIANTS.items():
+        changes = {} if experts is None else {"experts": experts}
+        variant = dataclasses.replace(run, changes=changes, without=("experts.",))
         model = variant.model("vision")
         model.load_state_dict(kept, strict=False)
         if name == "dense" and model.experts is not None:
@@ -226,7 +230,7 @@ def variants_stage(run: Run) -> None:
         settings = {**run.settings("language"), **run.recipe["variants"], "tied_experts": name == "dense"}
         train_language(*prepared(variant, model, settings, f"variant-{name}", low_rank))
         weights = load_file(DELTA_FOLDER / "delta.safetensors")
-        weights = {key: value for key, value in weights.items() if not key.startswith(("augmentation.", "experts."))}
+        weights = {key: value for key, value in weights.items() if not key.startswith("experts.")}
         weights |= trained_weights(run.folder, f"variant-{name}")
         folder = run.folder / "variants" / name
         folder.mkdir(parents=True, exist_ok=True)
