@@ -38,6 +38,8 @@ from rsvlm_infer.imagery.source import open_scene  # noqa: E402
 from rsvlm_infer.knowledge.store import KnowledgeBase  # noqa: E402
 from rsvlm_infer.models.checkpoint import save_checkpoint  # noqa: E402
 from rsvlm_infer.models.rsvlm import RsvlmModel  # noqa: E402
+from tests.tasks.telling_model import END, VOCAB, write_tokenizer  # noqa: E402
+from tests.tasks.telling_model import IMAGE as BYTE_IMAGE  # noqa: E402
 
 IMAGE = -200
 EMBED = 24
@@ -97,6 +99,14 @@ CONFIGS: dict[str, RsvlmConfig] = {
     ),
 }
 
+# one token per byte and every part, so that whole commands run; the caption prompt alone has some 150 bytes
+SPEAKING = dataclasses.replace(
+    CONFIGS["full"],
+    language=dataclasses.replace(_LLAMA, vocab_size=VOCAB, max_positions=1024),
+    image_token_id=BYTE_IMAGE,
+    eos_token_ids=(END,),
+)
+
 
 def random_model(config: RsvlmConfig, seed: int = 0) -> RsvlmModel:
     """Every parameter random, norms, biases and gates too: a weight that is left out or swapped must show."""
@@ -127,7 +137,9 @@ def make_pair(folder: Path, config: RsvlmConfig, precision: str = "fp32", **opti
     if config.augmentation is not None:
         knowledge = folder / "entries"
         random_knowledge().save(knowledge)
-    checkpoint = save_checkpoint(folder / "checkpoint", config, model.state_dict(), knowledge=knowledge)
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    state = model.state_dict()
+    checkpoint = save_checkpoint(folder / "checkpoint", config, state, knowledge=knowledge, tokenizer=tokenizer)
     package = export_checkpoint(checkpoint, folder / "package", precision=precision, **options)
     return Pair(config, checkpoint, package, EagerBackend.load(checkpoint, "float32"), OnnxBackend.load(package))
 
@@ -151,6 +163,13 @@ def query(backend: EagerBackend, words: int) -> Query:
     """A question of so many tokens, none for 0."""
     ids = np.arange(3, 3 + words, dtype=np.int32)
     return Query(ids, backend.embed_text([np.arange(3, 6, dtype=np.int32)])[0])
+
+
+def flip_byte(file: Path) -> None:
+    """The same length, one bit of another value in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def prompt(features: Any, words: list[int]) -> Prompt:
