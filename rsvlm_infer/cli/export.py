@@ -24,6 +24,11 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the package.")] = None,
     kind: Annotated[str, typer.Option("--format", help="What to write: onnx.")] = "onnx",
     precision: Annotated[str, typer.Option("--precision", help=f"One of {', '.join(PRECISIONS)}.")] = "fp32",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option("--calibrate", help="An image or a folder of images of the kind to be seen, for int8 and int4."),
+    ] = None,
+    calibration_images: Annotated[int, typer.Option("--calibration-images", min=1, help="How many of them to use.")] = 24,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing package.")] = False,
 ) -> int:
     """Write a package that runs without torch: graphs, config, tokenizer, knowledge and manifest in one folder."""
@@ -33,7 +38,14 @@ def export(
     export_checkpoint = _load("export").export_checkpoint
     with terminal.working("exporting"):
         folder = export_checkpoint(
-            source, output.expanduser(), format=kind, precision=precision, overwrite=overwrite, report=terminal.note
+            source,
+            output.expanduser(),
+            format=kind,
+            precision=precision,
+            overwrite=overwrite,
+            calibrate=calibrate,
+            calibration_images=calibration_images,
+            report=terminal.note,
         )
     terminal.data(str(folder))
     return EXIT_OK

@@ -100,7 +100,7 @@ def _package_report(package: Package) -> Report:
     files, manifest = _files(package.path), package.manifest
     total = sum(entry["bytes"] for entry in files)
     parts = modules(package.config)
-    finer = [layer for layer in manifest.get("layers", []) if layer.get("kept") != manifest["precision"]]
+    finer = [layer for layer in manifest.get("layers", []) if layer.get("kept") != layer.get("asked")]
     lines = [
         f"package     {package.path}",
         f"kind        {manifest['kind']}, format version {manifest['version']}",

@@ -172,8 +172,8 @@ def flip_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
-def prompt(features: Any, words: list[int]) -> Prompt:
-    return Prompt(np.array([1, *[IMAGE] * features.num_tokens, *words], np.int32), (features,))
+def prompt(features: Any, words: list[int], image: int = IMAGE) -> Prompt:
+    return Prompt(np.array([1, *[image] * features.num_tokens, *words], np.int32), (features,))
 
 
 def greedy(backend: Any, prompts: list[Prompt], count: int) -> list[list[int]]:

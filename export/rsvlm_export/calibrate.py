@@ -1,0 +1,118 @@
+"""What goes through every Linear of a model while it captions images: sums for compensation, rows for measuring. Knows no rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rsvlm_infer.backends.eager import EagerBackend
+from rsvlm_infer.errors import InputError, RsvlmError
+from rsvlm_infer.models.rsvlm import RsvlmModel
+from rsvlm_infer.pipeline import RSVLM
+from rsvlm_infer.text.tokenizer import Tokenizer
+
+from .linears import Linear
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
+KEPT_CALLS = 4  # inputs of so many calls are kept for measuring errors, spread over the run
+KEPT_ROWS = 256  # of each call
+NEW_TOKENS = 24  # a caption's length: decode steps see other activations than the prompt
+WORDS = ("an airport", "a dense forest", "a harbor with many ships", "green farmland beside a river")
+
+
+@dataclass
+class Seen:
+    """Inputs of one Linear: Σ x·xᵀ [in, in] where it is wanted, the number of rows, and rows of some calls."""
+
+    hessian: npt.NDArray[np.float64] | None
+    count: int = 0
+    calls: list[npt.NDArray[np.float32]] = field(default_factory=list)
+
+    def add(self, rows: npt.NDArray[np.float32]) -> None:
+        if self.hessian is not None:
+            self.hessian += rows.T @ rows
+        self.count += 1
+        if len(self.calls) < KEPT_CALLS and len(rows) > 1:  # prompts and images rather than single steps
+            self.calls.append(rows[:: max(1, len(rows) // KEPT_ROWS)][:KEPT_ROWS].copy())
+
+
+def find_images(path: Path, limit: int) -> list[Path]:
+    """At most `limit` images of a file or folder, evenly spread over its sorted names.
+
+    Raises:
+        InputError: there are none.
+    """
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise InputError(
+            f"--calibrate must name an image or a folder of images, {path} has none; pass images of the kind to be seen"
+        )
+    return [files[index * len(files) // min(limit, len(files))] for index in range(min(limit, len(files)))]
+
+
+def watch(
+    model: RsvlmModel,
+    linears: Iterable[Linear],
+    with_hessian: Callable[[Linear], bool],
+    run: Callable[[], None],
+) -> dict[str, Seen]:
+    """Runs something and returns what each Linear saw, by its name. Linears that were never reached are absent."""
+    seen: dict[str, Seen] = {}
+    modules = dict(model.named_modules())
+    handles = []
+
+    def taker(linear: Linear) -> Callable[[Any], None]:
+        def take(value: Any) -> None:
+            rows = value.detach().float().reshape(-1, value.shape[-1]).cpu().numpy()
+            if linear.name not in seen:
+                side = rows.shape[1]
+                seen[linear.name] = Seen(np.zeros((side, side)) if with_hessian(linear) else None)
+            seen[linear.name].add(rows)
+
+        return take
+
+    for linear in linears:
+        module, take = modules[linear.probe], taker(linear)
+        if isinstance(module, torch.nn.Linear):
+            handles.append(module.register_forward_pre_hook(lambda _, inputs, take=take: take(inputs[0])))
+        else:  # a tied head has no module of its own: its input is what the final norm gives
+            handles.append(module.register_forward_hook(lambda _, inputs, output, take=take: take(output)))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def caption_images(model: RsvlmModel, folder: Path, images: list[Path], step: Callable[[], None]) -> None:
+    """Captions images and embeds some words with the float32 model; a retrieval model embeds images.
+
+    Raises:
+        InputError: no image can be read.
+    """
+    rsvlm = RSVLM(EagerBackend(model), Tokenizer.from_folder(folder))
+    read = 0
+    reason = ""
+    for image in images:
+        try:
+            if model.language_model is not None:
+                rsvlm.caption(image, max_new_tokens=NEW_TOKENS)
+            else:
+                rsvlm.embed_levels(image)
+            read += 1
+        except RsvlmError as error:
+            reason = str(error)
+        step()
+    if not read:
+        raise InputError(
+            f"--calibrate needs an image that can be read, none of {len(images)} can ({reason}); pass other images"
+        )
+    if model.alignment is not None:
+        rsvlm.embed_text(list(WORDS))
