@@ -8,7 +8,7 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,9 +129,13 @@ def preprocessing(config: RsvlmConfig) -> dict[str, Any]:
     return {"patch_size": config.vision.patch_size, "patch_layout": "channel, y, x", **picked}
 
 
+def model_digest(files: Mapping[str, str]) -> str:
+    """Hex sha256 that names a checkpoint by the sha256 of its config and weights."""
+    return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in sorted(files.items())).encode()).hexdigest()
+
+
 def _manifest(loaded: LoadedCheckpoint, plan: Plan, folder: Path) -> dict[str, Any]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = "\n".join(f"{name} {digest}" for name, digest in sorted(loaded.files.items()))
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -139,7 +143,7 @@ def _manifest(loaded: LoadedCheckpoint, plan: Plan, folder: Path) -> dict[str, A
         "kind": "onnx",
         "precision": plan.name,
         "model": {
-            "sha256": hashlib.sha256(lines.encode()).hexdigest(),
+            "sha256": model_digest(loaded.files),
             "files": loaded.files,
             "layout": loaded.layout,
             "embedder": loaded.embedder,

@@ -38,7 +38,9 @@ def why_not() -> str | None:
 
 
 @dataclass(frozen=True)
-class _Handle:
+class OnnxHandle:
+    """What one encoded scene is to this backend."""
+
     tokens: F32 | None  # [Nv, Dl]
     embeddings: Embeddings | None
 
@@ -92,20 +94,20 @@ class OnnxBackend:
         if len(scenes) == 0:
             return []
         start = time.perf_counter()
-        encoded = self._encode_tiles(scenes)
+        encoded = self.encode_tiles(scenes)
         shared_ms = (time.perf_counter() - start) * 1e3 / len(scenes)
         found = []
         for scene, taps, query in zip(scenes, encoded, queries or [None] * len(scenes), strict=True):
             start = time.perf_counter()
-            embeddings = self._align(taps, scene)
+            embeddings = self.align(taps, scene)
             searching = time.perf_counter()
-            cues, texts = self._cues(embeddings, query)
+            cues, texts = self.find_cues(embeddings, query)
             searched = time.perf_counter()
-            tokens = self._bridge(taps, scene, cues)
+            tokens = self.bridge(taps, scene, cues)
             own_ms, augment_ms = (time.perf_counter() - start) * 1e3, (searched - searching) * 1e3
             found.append(
                 ImageFeatures(
-                    handle=_Handle(tokens, embeddings),
+                    handle=OnnxHandle(tokens, embeddings),
                     num_tokens=0 if tokens is None else len(tokens),
                     cues=texts,
                     encode_ms=shared_ms + own_ms - augment_ms,
@@ -120,7 +122,7 @@ class OnnxBackend:
         names = [item.name for item in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
-    def _encode_tiles(self, scenes: Sequence[PackedScene]) -> list[dict[str, F32]]:
+    def encode_tiles(self, scenes: Sequence[PackedScene]) -> list[dict[str, F32]]:
         """Each scene's taps [S, Dv], and class tokens [T, Dv] where the family has them."""
         patches = np.concatenate([scene.patches for scene in scenes])  # [S, 3·p²]
         grids = np.concatenate([scene.grids for scene in scenes])  # [T, 2]
@@ -141,7 +143,8 @@ class OnnxBackend:
         parts = {name: np.split(value, tile_ends if name == "class_tokens" else patch_ends) for name, value in outputs.items()}
         return [{name: value[index] for name, value in parts.items()} for index in range(len(scenes))]
 
-    def _align(self, taps: dict[str, F32], scene: PackedScene) -> Embeddings | None:
+    def align(self, taps: dict[str, F32], scene: PackedScene) -> Embeddings | None:
+        """Taps of one scene -> its embeddings; None without alignment."""
         alignment = self.config.alignment
         if alignment is None:
             return None
@@ -152,7 +155,7 @@ class OnnxBackend:
         found = self._run(ALIGN, inputs)
         return Embeddings(*(found.get(level, np.zeros(0, np.float32)) for level in LEVELS))
 
-    def _cues(self, embeddings: Embeddings | None, query: Query | None) -> tuple[dict[str, F32], tuple[str, ...]]:
+    def find_cues(self, embeddings: Embeddings | None, query: Query | None) -> tuple[dict[str, F32], tuple[str, ...]]:
         """What augmentation reads beside the features: cues of each level and the query's words; and the cues' texts."""
         settings, alignment = self.config.augmentation, self.config.alignment
         if settings is None or alignment is None or embeddings is None:
@@ -169,10 +172,10 @@ class OnnxBackend:
                 vectors = self.knowledge.embeddings[ids].astype(np.float32)
                 texts += names
             inputs[cue_names()[level]] = vectors
-        inputs["query"] = self._embed_words(np.zeros(0, np.int32) if query is None else query.token_ids)
+        inputs["query"] = self.embed_words(np.zeros(0, np.int32) if query is None else query.token_ids)
         return inputs, tuple(texts)
 
-    def _bridge(self, taps: dict[str, F32], scene: PackedScene, cues: dict[str, F32]) -> F32 | None:
+    def bridge(self, taps: dict[str, F32], scene: PackedScene, cues: dict[str, F32]) -> F32 | None:
         """[Nv, Dl]: base tile, then leaves in raster order."""
         projector = self.config.projector
         if projector is None:
@@ -233,13 +236,13 @@ class OnnxBackend:
                     f"token_ids must hold one image placeholder ({self.config.image_token_id}) per visual token, expected {expected}, "
                     f"got {int(places.sum())}; build the prompt with count_tokens(plan)"
                 )
-            embeds = self._embed_words(np.where(places, 0, ids))
+            embeds = self.embed_words(np.where(places, 0, ids))
             if expected:
                 embeds[places] = np.concatenate([image.handle.tokens for image in sequence.images])
             rows.append(np.pad(embeds, ((0, longest - len(ids)), (0, 0))))
         return np.stack(rows)
 
-    def _embed_words(self, ids: npt.NDArray[Any]) -> F32:
+    def embed_words(self, ids: npt.NDArray[Any]) -> F32:
         """[n] -> [n, Dl]."""
         return self._run(WORD_EMBED, {"token_ids": ids.astype(np.int64)})["embeddings"]
 
@@ -247,7 +250,7 @@ class OnnxBackend:
         """One token per row -> logits [B, V]; see `Backend.decode`. The cache is written in place, never copied."""
         if int(cache.lengths.max()) >= cache.capacity:
             raise InputError(f"the cache holds {cache.capacity} tokens a row and is full; prefill with a larger capacity")
-        embeds = self._embed_words(np.asarray(token_ids))[:, None]  # [B, 1, Dl]
+        embeds = self.embed_words(np.asarray(token_ids))[:, None]  # [B, 1, Dl]
         return self._decoder(cache, embeds, np.ones(len(embeds), np.int64), "logits")
 
     def _decoder(self, cache: OnnxCache, embeds: F32, new: npt.NDArray[np.int64], output: str) -> F32:
@@ -314,7 +317,7 @@ class OnnxBackend:
         padded = np.stack([np.pad(np.asarray(ids, np.int64), (0, longest - len(ids))) for ids in token_ids])
         if alignment.text_source == "text_encoder":
             return self._run(TEXT_EMBED, {"token_ids": padded})["embeddings"]
-        embeds = self._embed_words(padded.reshape(-1)).reshape(*padded.shape, -1)
+        embeds = self.embed_words(padded.reshape(-1)).reshape(*padded.shape, -1)
         states = self._decoder(self._empty_cache(len(padded), longest), embeds, lengths, "state")
         return self._run(TEXT_EMBED, {"states": states})["embeddings"]
 

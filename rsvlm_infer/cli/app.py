@@ -23,7 +23,7 @@ from . import options as opt
 from .console import EXIT_ERROR, EXIT_OK, exit_code, set_up_logging, terminal
 from .embeddings import EmbeddingRows, check_output, write_embeddings
 from .evaluation import evaluate
-from .export import export
+from .export import export, verify
 from .inspect import checkpoint_report, doctor_report, planning_config
 from .knowledge import knowledge_app
 
@@ -297,6 +297,7 @@ def doctor(output_format: opt.OutputFormat = opt.Format.text) -> int:
 
 command(evaluate, "eval")
 command(export)
+command(verify)
 
 
 _FORWARD: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

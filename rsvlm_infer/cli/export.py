@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from ..errors import InputError, MissingDependencyError
 from ..models.package import is_package
 from ..pipeline import default_checkpoint
 from . import options as opt
-from .console import EXIT_OK, terminal
+from .console import EXIT_ERROR, EXIT_OK, terminal
 
 CheckpointArgument = Annotated[
     Path | None, typer.Argument(metavar="[CHECKPOINT]", help="Checkpoint folder; default is the one `rsvlm pull` makes.")
@@ -51,6 +52,50 @@ def export(
     return EXIT_OK
 
 
+def verify(
+    package: Annotated[Path, typer.Argument(metavar="PACKAGE", help="Folder of the package.")],
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="The checkpoint that it was made from; default is the one `rsvlm pull` makes."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Images to compare on: RSICD's folder, class folders, or plain images.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="RSICD's split.")] = "test",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Images of the sample.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of the sample.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Write the certificate although a gate fails; it says so.")] = False,
+    output_format: opt.OutputFormat = opt.Format.text,
+) -> int:
+    """Prove a package against its checkpoint, graph by graph and by what it says, and write its certificate."""
+    if data is None:
+        raise InputError("--data must name images to compare on, got none; write rsvlm verify PACKAGE --data FOLDER")
+    if not is_package(package.expanduser()):
+        raise InputError(f"{package} is no exported package; write one with `rsvlm export`")
+    proof = _load("verify")
+    folder = package.expanduser()
+    with terminal.working("verifying"):
+        verdict = proof.verify_package(
+            folder, _checkpoint(against), data.expanduser(), split=split, limit=limit, seed=seed, step=terminal.note
+        )
+    written = proof.write_certificate(verdict, folder, force=force)
+    if output_format is opt.Format.json:
+        terminal.json(proof.certificate(verdict, folder, forced=force and not verdict.passed))
+    else:
+        terminal.data("\n".join(proof.report_lines(verdict)))
+    if written is not None:
+        terminal.note(f"wrote {written}")
+    if verdict.passed:
+        return EXIT_OK
+    step = (
+        ""
+        if force
+        else "; no certificate was written: export at a finer precision, or pass --force to have the failure written down"
+    )
+    terminal.problem(f"package {folder} fails: {'; '.join(verdict.failures)}{step}")
+    return EXIT_ERROR
+
+
 def _checkpoint(checkpoint: Path | None) -> Path:
     folder = default_checkpoint() if checkpoint is None else checkpoint.expanduser()
     if not folder.is_dir():
@@ -67,16 +112,8 @@ def _load(module: str) -> Any:
         MissingDependencyError: the package or a library of the extras [torch] and [onnx] is not installed.
     """
     try:
-        if module == "export":
-            from rsvlm_export import export as found
-        else:
-            raise AssertionError(module)
+        return importlib.import_module(f"rsvlm_export.{module}")
     except ImportError as error:
         raise MissingDependencyError(
             f"this command needs rsvlm_export with torch and onnx ({error}); run pip install 'rsvlm-infer[torch,onnx]'"
         ) from None
-    return found
-
-
-# the type of options that the commands here share with others
-OutputFormat = opt.OutputFormat

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import backends, hardware
 from ..config import RsvlmConfig
+from ..contract import MANIFEST
 from ..errors import CheckpointError
 from ..models.checkpoint import DELTA_FILE, CheckpointFolder, sha256_of
 from ..models.layouts import detect_layout
@@ -108,7 +109,7 @@ def _package_report(package: Package) -> Report:
         f"model       {manifest.get('model', {}).get('sha256')}",
         f"tiling      {package.config.tiling}",
         f"size        {_size(total)}",
-        f"certificate {_certificate_line(package.certificate)}",
+        f"certificate {_certificate_line(package)}",
     ]
     lines += ["", "graphs", *(f"  {name}" for name in manifest["graphs"])]
     if finer:
@@ -132,12 +133,17 @@ def _package_report(package: Package) -> Report:
     return Report(values, "\n".join(lines), problem if damaged else None)
 
 
-def _certificate_line(certificate: dict[str, Any] | None) -> str:
-    if certificate is None:
+def _certificate_line(package: Package) -> str:
+    """Verdict and date, and whether the package is still the one that was verified."""
+    values = package.certificate
+    if values is None:
         return "none; run `rsvlm verify`"
-    failures = certificate.get("failures", [])
-    verdict = "passed" if certificate.get("passed") else f"FAILED: {'; '.join(str(failure) for failure in failures)}"
-    return f"{verdict} ({certificate.get('date')})"
+    if values.get("manifest_sha256") != sha256_of(package.path / MANIFEST):
+        return "of another package; run `rsvlm verify` again"
+    failures = "; ".join(str(failure) for failure in values.get("failures", []))
+    sample = values.get("sample", {})
+    verdict = "passed" if values.get("passed") else f"FAILED, written by force: {failures}"
+    return f"{verdict} ({values.get('date')}, {sample.get('images')} images of {sample.get('set')})"
 
 
 def _damages(folder: CheckpointFolder, hashes: dict[str, str]) -> list[str]:

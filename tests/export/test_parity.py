@@ -24,7 +24,7 @@ def test_taps_and_class_tokens(pair: Get, name: str) -> None:
     made = pair(name)
     scenes = [packed(made.config, *size) for size in SIZES]
     taps, class_tokens, tiles, patches = made.eager._encode_tiles(scenes)
-    found = made.onnx._encode_tiles(scenes)
+    found = made.onnx.encode_tiles(scenes)
     for level, tap in enumerate(("tap_object", "tap_region", "tap_scene")):
         assert relative(np.concatenate([each[tap] for each in found]), taps[level]) < PARITY
     if made.config.vision.class_token:
