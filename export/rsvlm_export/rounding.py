@@ -95,7 +95,8 @@ def _inverse_factor(hessian: npt.NDArray[np.float64], size: int) -> F32:
 
 
 def _encode(values: F32, scale: F32, zero: F32, bits: int) -> npt.NDArray[np.uint8]:
-    return np.clip(np.rint(values / scale) + zero, 0, 2**bits - 1).astype(np.uint8)
+    codes: npt.NDArray[np.uint8] = np.clip(np.rint(values / scale) + zero, 0, 2**bits - 1).astype(np.uint8)
+    return codes
 
 
 def _best_range(part: F32, bits: int) -> tuple[F32, npt.NDArray[np.uint8]]:
@@ -120,7 +121,7 @@ def _packed(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
         return codes
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], axis=-1)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return np.asarray(codes[..., 0::2] | (codes[..., 1::2] << 4), dtype=np.uint8)
 
 
 def _unpacked(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
