@@ -20,26 +20,43 @@ from rsvlm_infer.text.tokenizer import Tokenizer
 from .linears import Linear
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
-KEPT_CALLS = 4  # inputs of so many calls are kept for measuring errors, spread over the run
-KEPT_ROWS = 256  # of each call
+KEPT_CALLS = 4  # calls whose inputs are kept for measuring errors
+HELD_OUT = 3  # every third call is kept, until there are enough, and fits nothing: an error on fitted rows would flatter
+KEPT_ROWS = 256  # of each kept call
 NEW_TOKENS = 24  # a caption's length: decode steps see other activations than the prompt
+TOGETHER = 8  # images of a batch: eager decode steps cost nearly the same for eight rows as for one
 WORDS = ("an airport", "a dense forest", "a harbor with many ships", "green farmland beside a river")
 
 
 @dataclass
 class Seen:
-    """Inputs of one Linear: Σ x·xᵀ [in, in] where it is wanted, the number of rows, and rows of some calls."""
+    """Inputs of one Linear: Σ x·xᵀ [in, in] of what may be fitted, where it is wanted, and rows of calls that were held out."""
 
     hessian: npt.NDArray[np.float64] | None
     count: int = 0
     calls: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    first: npt.NDArray[np.float32] | None = None
 
     def add(self, rows: npt.NDArray[np.float32]) -> None:
+        several = len(rows) > TOGETHER  # prompts and images rather than steps
+        if several:
+            self.count += 1
+        if several and self.count % HELD_OUT == 0 and len(self.calls) < KEPT_CALLS:
+            self.calls.append(_some(rows))
+            return
+        if self.first is None:
+            self.first = _some(rows)
         if self.hessian is not None:
             self.hessian += rows.T @ rows
-        self.count += 1
-        if len(self.calls) < KEPT_CALLS and len(rows) > 1:  # prompts and images rather than single steps
-            self.calls.append(rows[:: max(1, len(rows) // KEPT_ROWS)][:KEPT_ROWS].copy())
+
+    @property
+    def measured(self) -> list[npt.NDArray[np.float32]]:
+        """Rows to measure errors on: held-out ones, or the first call's where there were too few."""
+        return self.calls or ([] if self.first is None else [self.first])
+
+
+def _some(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return rows[:: max(1, len(rows) // KEPT_ROWS)][:KEPT_ROWS].copy()
 
 
 def find_images(path: Path, limit: int) -> list[Path]:
@@ -91,28 +108,38 @@ def watch(
     return seen
 
 
-def caption_images(model: RsvlmModel, folder: Path, images: list[Path], step: Callable[[], None]) -> None:
-    """Captions images and embeds some words with the float32 model; a retrieval model embeds images.
+def caption_images(model: RsvlmModel, folder: Path, images: list[Path], report: Callable[[int], None]) -> None:
+    """Captions images with the float32 model and embeds what it said and some words; a retrieval model embeds images.
+
+    report: takes the number of images done.
 
     Raises:
         InputError: no image can be read.
     """
     rsvlm = RSVLM(EagerBackend(model), Tokenizer.from_folder(folder))
+    texts: list[str] = list(WORDS)
     read = 0
     reason = ""
-    for image in images:
-        try:
-            if model.language_model is not None:
-                rsvlm.caption(image, max_new_tokens=NEW_TOKENS)
-            else:
-                rsvlm.embed_levels(image)
-            read += 1
-        except RsvlmError as error:
-            reason = str(error)
-        step()
+    for start in range(0, len(images), TOGETHER):
+        batch = images[start : start + TOGETHER]
+        if model.language_model is not None:
+            for answer in rsvlm.caption_many(batch, batch_size=TOGETHER, max_new_tokens=NEW_TOKENS):
+                read += answer.error is None
+                reason = str(answer.error or reason)
+                if answer.error is None and answer.text.strip():
+                    texts.append(answer.text.strip())
+        else:
+            for image in batch:
+                try:
+                    rsvlm.embed_levels(image)
+                    read += 1
+                except RsvlmError as error:
+                    reason = str(error)
+        report(start + len(batch))
     if not read:
         raise InputError(
             f"--calibrate needs an image that can be read, none of {len(images)} can ({reason}); pass other images"
         )
     if model.alignment is not None:
-        rsvlm.embed_text(list(WORDS))
+        for start in range(0, len(texts), TOGETHER):
+            rsvlm.embed_text(texts[start : start + TOGETHER])

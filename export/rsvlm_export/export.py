@@ -17,7 +17,9 @@ from .package import Plan, write_package
 from .quantize import quantize, wants_hessian
 
 FORMATS = ("onnx",)
-CALIBRATION_IMAGES = 24  # with 24 captions some 3,000 tokens, five times the widest common input of this size of model
+CALIBRATION_IMAGES = (
+    64  # at 64 visual tokens, prompt and caption some 7,000 rows: compensation needs several for each of its inputs
+)
 STORED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -56,7 +58,9 @@ def export_checkpoint(
         plan = Plan(precision, Precision(STORED[precision]))
     else:
         report(f"captioning {len(images)} images to see what goes through each layer")
-        run = functools.partial(caption_images, loaded.model, loaded.folder, images, lambda: None)
+        run = functools.partial(
+            caption_images, loaded.model, loaded.folder, images, lambda done: report(f"{done} of {len(images)} images")
+        )
         seen = watch(loaded.model, weights.linears.values(), wants_hessian(precision), run)
         report(f"rounding {len(seen)} layers")
         plan = quantize(weights, seen, precision)

@@ -79,6 +79,17 @@ def row_product(x: F32, codes: RowCodes) -> F32:
     return product
 
 
+def rounded_inputs(x: F32) -> F32:
+    """x [n, in] as MatMulNBits rounds it at `ACCURACY_LEVEL`: to int8 in blocks, symmetric."""
+    rows, inputs = x.shape
+    blocks = np.zeros((rows, -(-inputs // BLOCK) * BLOCK), np.float32)
+    blocks[:, :inputs] = x
+    blocks = blocks.reshape(rows, -1, BLOCK)
+    step = np.maximum(np.abs(blocks).max(axis=2, keepdims=True), np.finfo(np.float32).tiny) / 127
+    values: F32 = (np.rint(blocks / step) * step).reshape(rows, -1)[:, :inputs].astype(np.float32)
+    return values
+
+
 def relative_error(value: F32, reference: F32) -> float:
     """Norm of the difference over the norm of the reference."""
     return float(np.linalg.norm(value - reference) / max(float(np.linalg.norm(reference)), 1e-30))

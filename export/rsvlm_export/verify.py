@@ -79,7 +79,7 @@ def verify_package(
     data: Path,
     *,
     split: str = "test",
-    limit: int = 32,
+    limit: int = 200,
     seed: int = 0,
     step: Callable[[str], None] = lambda line: None,
 ) -> Verdict:

@@ -29,7 +29,7 @@ def export(
         Path | None,
         typer.Option("--calibrate", help="An image or a folder of images of the kind to be seen, for int8 and int4."),
     ] = None,
-    calibration_images: Annotated[int, typer.Option("--calibration-images", min=1, help="How many of them to use.")] = 24,
+    calibration_images: Annotated[int, typer.Option("--calibration-images", min=1, help="How many of them to use.")] = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing package.")] = False,
 ) -> int:
     """Write a package that runs without torch: graphs, config, tokenizer, knowledge and manifest in one folder."""
@@ -62,7 +62,9 @@ def verify(
         Path | None, typer.Option("--data", help="Images to compare on: RSICD's folder, class folders, or plain images.")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="RSICD's split.")] = "test",
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Images of the sample.")] = 32,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Images of the sample; few images cannot tell half a point.")
+    ] = 200,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of the sample.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Write the certificate although a gate fails; it says so.")] = False,
     output_format: opt.OutputFormat = opt.Format.text,

@@ -29,7 +29,7 @@ from rsvlm_export.linears import Linear, ModelWeights, model_weights
 from rsvlm_export.onnx.builder import Graph, WeightFile
 from rsvlm_export.onnx.parts import Precision, Source
 from rsvlm_export.quantize import LIMITS, quantize, wants_hessian
-from rsvlm_export.rounding import block_values, relative_error, round_blocks, round_rows, row_product
+from rsvlm_export.rounding import block_values, relative_error, round_blocks, round_rows, rounded_inputs, row_product
 from rsvlm_infer.contract import GraphContract, TensorContract
 from rsvlm_infer.errors import InputError
 from rsvlm_infer.models.package import Package
@@ -74,6 +74,8 @@ def test_the_runtime_multiplies_what_the_codes_stand_for(tmp_path: Path, bits: i
     found = _run_linear(tmp_path, linear, codes, x := _inputs(rows, inputs))
     assert linear.bias is not None
     assert relative(found, x @ block_values(codes, inputs).T + linear.bias) < 0.015
+    exact = rounded_inputs(x) @ block_values(codes, inputs).T + linear.bias
+    assert relative(found, exact) < 2e-3  # the rounding of inputs is the runtime's own
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -165,6 +167,20 @@ def test_images_are_spread_over_the_folder(images: Path, tmp_path: Path) -> None
         find_images(tmp_path / "empty", 2)
 
 
+def test_what_is_measured_was_not_fitted() -> None:
+    seen = Seen(np.zeros((4, 4)))
+    calls = [np.full((20, 4), value, np.float32) for value in range(1, 7)]
+    seen.add(calls[0][:3])  # a step of few rows is fitted and not measured
+    for rows in calls:
+        seen.add(rows)
+    assert [int(rows[0, 0]) for rows in seen.measured] == [3, 6]
+    assert seen.hessian is not None
+    assert seen.hessian[0, 0] == 3 + 20 * (1 + 4 + 16 + 25)
+    few = Seen(None)
+    few.add(calls[4])
+    assert [int(rows[0, 0]) for rows in few.measured] == [5]
+
+
 def test_watching_changes_nothing_and_sees_every_layer(pair: Get) -> None:
     made = pair("full")
     model = made.eager.model
@@ -181,7 +197,7 @@ def test_watching_changes_nothing_and_sees_every_layer(pair: Get) -> None:
     assert torch.equal(before.handle.tokens, after.handle.tokens)
     assert set(seen) == set(weights.linears)
     for name, each in seen.items():
-        assert each.count > 0
+        assert len(each.measured) > 0
         assert (each.hessian is not None) == name.startswith("language.")
     hidden = seen["language.0.gate_up"]
     assert hidden.hessian is not None
