@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,6 +71,22 @@ def test_verbs_say_the_same_of_package_and_checkpoint(pair: Get, image: str, cap
         objects(run(capsys, "embed", image, "-c", str(folder))[1])[0]["embedding"] for folder in (made.package, made.checkpoint)
     ]
     np.testing.assert_allclose(*vectors, atol=1e-5)
+
+
+def test_eval_scores_a_package(pair: Get, image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = pair("speaking")
+    data = tmp_path / "classes"
+    for label in ("river", "forest"):
+        (data / label).mkdir(parents=True)
+        shutil.copy(image, data / label / "one.png")
+    found = []
+    for folder in (made.package, made.checkpoint):
+        predictions = str(tmp_path / f"{folder.name}.jsonl")
+        code, _, err = run(capsys, "eval", "classify", str(data), "-c", str(folder), "--predictions", predictions)
+        assert code == 0, err
+        found.append([line.get("prediction") for line in objects(Path(predictions).read_text())[1:]])
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
 
 
 def test_export_command_and_info(pair: Get, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

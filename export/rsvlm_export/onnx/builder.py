@@ -184,8 +184,6 @@ class Graph(Nodes):
         )
         path = folder / self.contract.file
         path.write_bytes(model.SerializeToString(deterministic=True))
-        if not self.weight_file.path.exists():
-            self.weight_file.path.touch()
         return path
 
 
