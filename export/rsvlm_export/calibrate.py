@@ -13,6 +13,7 @@ import torch
 
 from rsvlm_infer.backends.eager import EagerBackend
 from rsvlm_infer.errors import InputError, RsvlmError
+from rsvlm_infer.evaluation.datasets import read_rsicd
 from rsvlm_infer.models.rsvlm import RsvlmModel
 from rsvlm_infer.pipeline import RSVLM
 from rsvlm_infer.text.tokenizer import Tokenizer
@@ -60,12 +61,17 @@ def _some(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def find_images(path: Path, limit: int) -> list[Path]:
-    """At most `limit` images of a file or folder, evenly spread over its sorted names.
+    """At most `limit` images of a file or folder, evenly spread over its sorted names; of RSICD only its train split.
 
     Raises:
         InputError: there are none.
     """
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if (path / "captions.json").is_file():  # the split that a package is verified on must not be fitted
+        files = [image.path for image in read_rsicd(path, "train") if image.path.is_file()]
+    elif path.is_file():
+        files = [path]
+    else:
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise InputError(
             f"--calibrate must name an image or a folder of images, {path} has none; pass images of the kind to be seen"

@@ -13,13 +13,12 @@ from rsvlm_infer.models.load import load_checkpoint
 from .calibrate import caption_images, find_images, watch
 from .linears import model_weights
 from .onnx.parts import Precision
-from .package import Plan, write_package
+from .package import Plan, refuse_existing, write_package
 from .quantize import quantize, wants_hessian
 
 FORMATS = ("onnx",)
-CALIBRATION_IMAGES = (
-    64  # at 64 visual tokens, prompt and caption some 7,000 rows: compensation needs several for each of its inputs
-)
+# at 64 visual tokens, prompt and caption some 7,000 rows: compensation needs several for each of a layer's inputs
+CALIBRATION_IMAGES = 64
 STORED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -39,7 +38,8 @@ def export_checkpoint(
     Args:
         checkpoint: a folder of any supported layout. target: the package's folder.
         precision: one of `PRECISIONS`. report: takes one line per step.
-        calibrate: an image or a folder of images, for int8 and int4; at most `calibration_images` of them are captioned in float32.
+        calibrate: for int8 and int4: an image, a folder of images, or RSICD's folder, of which the train split is taken; at most
+            `calibration_images` of them are captioned in float32.
 
     Returns:
         The package's folder.
@@ -52,6 +52,7 @@ def export_checkpoint(
     if precision not in PRECISIONS:
         raise InputError(f"--precision must be one of {list(PRECISIONS)}, got {precision!r}; choose one of them")
     images = _calibration_images(precision, calibrate, calibration_images)
+    refuse_existing(target, overwrite)  # before minutes of calibration
     loaded = load_checkpoint(checkpoint)
     weights = model_weights(loaded.model)
     if precision in STORED:

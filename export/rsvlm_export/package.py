@@ -71,8 +71,7 @@ def write_package(
         CheckpointError: the target exists, or the model cannot be exported.
     """
     folder = Path(target)
-    if folder.exists() and not overwrite:
-        raise CheckpointError(f"package folder {folder} exists and is not overwritten; choose another one or pass --overwrite")
+    refuse_existing(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -92,6 +91,12 @@ def write_package(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def refuse_existing(target: str | Path, overwrite: bool) -> None:
+    """Raises CheckpointError when something stands where the package goes and may not be replaced."""
+    if Path(target).exists() and not overwrite:
+        raise CheckpointError(f"package folder {target} exists and is not overwritten; choose another one or pass --overwrite")
 
 
 def write_graphs(config: RsvlmConfig, source: Source, folder: Path) -> None:

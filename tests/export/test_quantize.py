@@ -162,6 +162,15 @@ def test_images_are_spread_over_the_folder(images: Path, tmp_path: Path) -> None
     assert [file.stem for file in find_images(images, 2)] == ["0", "1"]
     assert [file.stem for file in find_images(images, 9)] == ["0", "1", "2"]
     assert find_images(images / "1.png", 9) == [images / "1.png"]
+    entries = [
+        {"filename": f"{i}.png", "split": split, "theme": "river", "captions": ["x"]}
+        for i, split in enumerate(("test", "train", "val"))
+    ]
+    (images / "images").mkdir()
+    for i in range(3):
+        (images / f"{i}.png").rename(images / "images" / f"{i}.png")
+    (images / "captions.json").write_text(json.dumps(entries))
+    assert [file.stem for file in find_images(images, 9)] == ["1"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="--calibrate"):
         find_images(tmp_path / "empty", 2)
