@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rsvlm_infer.hardware import probe
+from rsvlm_infer.kernels.native.weight_matmul import NativeWeight, lay_out_weights
 from rsvlm_infer.ops.registry import resolve
-from rsvlm_infer.ops.weight_matmul import PackedWeight, pack_weight
+from rsvlm_infer.ops.weight_matmul import PackedWeight, join_weights, pack_weight, without_codes
 
 Call = Callable[[], object]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
@@ -140,33 +141,48 @@ def _sorted(x: Tensor, routed: tuple[Tensor, Tensor, Tensor], gate: Tensor, up: 
 
 def weights_cases(dtype: str) -> Iterator[Case]:
     """All 30 layers of the default language model in sequence, one token: larger than any cache."""
-    from rsvlm_infer.kernels.native.weight_matmul import lay_out_weight
-
-    native = resolve("weight_matmul", "native")
-    sides = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 30
-    dense = [torch.randn(side).mul(0.05) for side in sides]
-    xs = {columns: torch.randn(1, columns).to(DTYPES[dtype]) for columns in (576, 1536)}
-    as_stored = [part.to(DTYPES[dtype]) for part in dense]
+    native, kind_of = resolve("weight_matmul", "native"), DTYPES[dtype]
+    groups = [
+        (576, (576, 192, 192)),
+        (576, (576,)),
+        (576, (1536, 1536)),
+        (1536, (576,)),
+    ] * 30  # In, Outs: q k v, o, gate up, down
+    dense = [[torch.randn(rows, columns).mul(0.05) for rows in outs] for columns, outs in groups]
+    xs = {columns: torch.randn(1, columns).to(kind_of) for columns in (576, 1536)}
+    as_stored = [part.to(kind_of) for parts in dense for part in parts]
     for kind in ("int4", "int8", "bf16"):
-        packed = [pack_weight(part, kind) for part in dense]
-        laid_out = [lay_out_weight(part) for part in packed]
-        outs = [torch.empty(1, part.rows, dtype=DTYPES[dtype]) for part in laid_out]
+        packed = [[pack_weight(part, kind) for part in parts] for parts in dense]
+        joined = [join_weights(parts) for parts in packed]
+        laid_out = lay_out_weights(joined)
+        outs = [torch.empty(1, part.rows, dtype=kind_of) for part in laid_out]
+        joined = [without_codes(part) for part in joined]
+        lay_out_weights([part for parts in packed for part in parts])
 
-        def core(laid_out: list = laid_out, outs: list = outs) -> None:  # type: ignore[type-arg]
+        def core(laid_out: list[NativeWeight] = laid_out, outs: list[Tensor] = outs) -> None:
             for part, out in zip(laid_out, outs, strict=True):
-                part.matmul(x=xs[part.columns].data_ptr(), tokens=1, dtype=dtype, out=out.data_ptr())
+                part.matmul[kind_of](xs[part.columns].data_ptr(), 1, out.data_ptr())
 
-        def twin(packed: list[PackedWeight] = packed) -> None:
-            for part in packed:
-                native(xs[part.shape[1]], part)
+        def shared(joined: list[PackedWeight] = joined) -> None:
+            for (columns, outs), part in zip(groups, joined, strict=True):
+                out = native(xs[columns], part)
+                if len(outs) > 1:
+                    out.split_with_sizes(outs, -1)
+
+        def apart(packed: list[list[PackedWeight]] = packed) -> None:
+            for (columns, _), parts in zip(groups, packed, strict=True):
+                for part in parts:
+                    native(xs[columns], part)
 
         def linear() -> None:
             for part in as_stored:
                 F.linear(xs[part.shape[1]], part)
 
         read = float(sum(part.memory.numel() for part in laid_out))
-        for name, call in (("30 layers, C++ alone", core), ("30 layers, through Python", twin)):
-            yield Case(f"weight_matmul {kind}", name, dtype, call, {f"torch linear {dtype}": linear}, read, "read")
+        for name, call in (("C++ alone", core), ("4 calls per layer", shared), ("7 calls per layer", apart)):
+            yield Case(
+                f"weight_matmul {kind}", f"30 layers, {name}", dtype, call, {f"torch linear {dtype}": linear}, read, "read"
+            )
 
 
 def decode_cases(dtype: str) -> Iterator[Case]:

@@ -95,9 +95,11 @@ void weight_matmul(const WeightShape& shape, const void* layout, const void* x, 
         if (paired) {
             const auto* halves = reinterpret_cast<const std::uint16_t*>(source);
             auto* words = static_cast<std::uint32_t*>(thread_scratch(static_cast<std::size_t>(count * padded) * 2));
-            for (std::int64_t i = 0; i < count * padded / 2; ++i) {
-                const std::uint16_t* low = halves + i / 4 * 8 + i % 4;
-                words[i] = low[0] | static_cast<std::uint32_t>(low[4]) << 16;
+            for (std::int64_t octet = 0; octet < count * padded / 8; ++octet) {
+                for (std::int64_t j = 0; j < 4; ++j) {
+                    const std::uint16_t* low = halves + octet * 8 + j;
+                    words[octet * 4 + j] = low[0] | static_cast<std::uint32_t>(low[4]) << 16;
+                }
             }
             rows = reinterpret_cast<const float*>(words);
         } else if (element == Element::kBfloat16 || padded != shape.columns) {
