@@ -1,6 +1,7 @@
 #include "rsvlm/grouped_experts.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -17,7 +18,7 @@ constexpr std::int64_t kCombineTokens = 64;  // that one part of the last pass s
 
 struct Kernels {
     void (*part)(const ExpertPart&);
-    void (*combine)(const float*, std::int64_t, std::int64_t, std::int64_t, void*);
+    void (*combine)(const void*, const float*, std::int64_t, std::int64_t, std::int64_t, void*);
 };
 
 template <class T>
@@ -88,9 +89,10 @@ void grouped_experts(const GroupedExperts& call) {
     const std::int64_t matrices = call.w_up == nullptr ? 1 : call.w_gate == nullptr ? 2 : 3;
     const double products = static_cast<double>(slots) * static_cast<double>(call.width * call.hidden * matrices);
     const int threads = threads_for(products);
-    auto* results = static_cast<float*>(thread_scratch(static_cast<std::size_t>(slots * call.width) * sizeof(float), 1));
+    const auto slots_bytes = static_cast<std::size_t>(slots * call.width * size);
+    auto* results = static_cast<char*>(thread_scratch(slots_bytes, 1));
     if (call.expert_offsets[call.experts] < slots) {  // slots of no expert count as zero
-        std::fill_n(results, slots * call.width, 0.0f);
+        std::memset(results, 0, slots_bytes);
     }
     const auto at = [size](const void* base, std::int64_t elements) -> const void* {
         return base == nullptr ? nullptr : static_cast<const char*>(base) + elements * size;
@@ -99,7 +101,7 @@ void grouped_experts(const GroupedExperts& call) {
     for_each_part(static_cast<std::int64_t>(parts.size()), threads, scratch_floats, [&](std::int64_t i, float* scratch) {
         const Part& part = parts[static_cast<std::size_t>(i)];
         const std::int64_t matrix = part.expert * call.hidden * call.width;
-        kernels.part({call.x, call.permutation + part.first, call.weights, at(call.w_gate, matrix), at(call.w_up, matrix),
+        kernels.part({call.x, call.permutation + part.first, at(call.w_gate, matrix), at(call.w_up, matrix),
                       at(call.w_down, matrix), at(call.b_up, part.expert * call.hidden),
                       at(call.b_down, part.expert * call.width), results, part.count, call.k, call.width, call.hidden,
                       scratch});
@@ -107,8 +109,9 @@ void grouped_experts(const GroupedExperts& call) {
     const std::int64_t pieces = (call.tokens + kCombineTokens - 1) / kCombineTokens;
     for_each_part(pieces, threads, 0, [&](std::int64_t i, float*) {
         const std::int64_t first = i * kCombineTokens;
-        kernels.combine(results + first * call.k * call.width, std::min(kCombineTokens, call.tokens - first), call.k,
-                        call.width, static_cast<char*>(call.out) + first * call.width * size);
+        kernels.combine(results + first * call.k * call.width * size, call.weights + first * call.k,
+                        std::min(kCombineTokens, call.tokens - first), call.k, call.width,
+                        static_cast<char*>(call.out) + first * call.width * size);
     });
 }
 
