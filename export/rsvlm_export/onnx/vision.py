@@ -40,7 +40,8 @@ def _with_class_tokens(g: Graph, source: Source, x: str, table: str) -> tuple[st
     starts, places, valid = functions.padded(g, "cu_seqlens", extra=1)  # [T], [1 + N], [T, 1 + N]
     after = g.op("Add", g.unsqueeze(starts, 1), g.unsqueeze(places, 0))  # row 0 is the class token, so patch i is row i + 1
     rows = g.op("Where", g.unsqueeze(g.op("Equal", places, g.integer(0)), 0), g.integer(0), after)
-    packed = g.op("Compress", g.reshape(rows, -1), g.reshape(valid, -1), axis=0)  # [S + T]
+    kept = g.squeeze(g.op("NonZero", g.reshape(valid, -1)), 0)
+    packed = g.op("Gather", g.reshape(rows, -1), kept, axis=0)  # [S + T]
     joined = g.op("Gather", g.op("Concat", class_row, x, axis=0), packed, axis=0)
     cu_seqlens = g.op("Add", g.int64("cu_seqlens"), g.range(g.side("cu_seqlens", 0)))
     is_class = g.op("Equal", packed, g.integer(0))
