@@ -118,7 +118,7 @@ def lay_out(config: RsvlmConfig, state: State, precision: str) -> dict[str, tupl
     laid: dict[str, tuple[str, int, int, Array]] = {}
     for name, weight in parts.linears.items():
         language = name.startswith("language_model.")
-        kind = "fp32" if wide else precision if language else "bf16"
+        kind = "fp32" if wide or name.endswith(".router") else precision if language else "bf16"
         if kind == "int4" and name.rpartition(".")[2] in ("embed_tokens", "lm_head"):
             kind = "int8"  # every token passes here once more, and no norm follows that could forgive
         if kind in ("int8", "int4") and weight.shape[1] % GROUP:
@@ -153,7 +153,9 @@ def _sort(config: RsvlmConfig, state: State) -> _Sorted:
     for name, value in state.items():
         if name in ("experts.w_gate", "experts.w_up", "experts.w_down", "experts.b_up", "experts.b_down"):
             found.experts[name] = value
-        elif value.ndim == 2 and name.endswith(".weight") and not name.endswith(("router.weight", "box.weight")):
+        elif name == "vision_encoder.position_table" and config.vision.class_token:
+            found.vectors["vision_encoder.class_position"], found.vectors[name] = value[0], value[1:]
+        elif value.ndim == 2 and name.endswith(".weight") and not name.endswith("box.weight"):
             found.linears[name.removesuffix(".weight")] = value
         else:
             found.vectors[name] = value

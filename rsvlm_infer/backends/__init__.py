@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from ..errors import BackendError, MissingDependencyError
+from ..errors import BackendError, CheckpointError, MissingDependencyError
+from ..hardware import native_why_not
+from ..models.native_package import is_native_package
 from .base import Backend, Embeddings, ImageFeatures, Prompt, Query
 
 __all__ = ["BACKENDS", "Backend", "Embeddings", "ImageFeatures", "Prompt", "Query", "load_backend", "why_not"]
@@ -13,6 +15,7 @@ __all__ = ["BACKENDS", "Backend", "Embeddings", "ImageFeatures", "Prompt", "Quer
 # Backend -> precisions, in order of preference. Preference is data; capability is why_not().
 BACKENDS: dict[str, tuple[str, ...]] = {
     "eager": ("float32", "bfloat16", "float16"),
+    "native": ("fp32", "bf16", "int8", "int4"),  # of the package that it reads; "auto" takes it for one
     "cuda": ("bfloat16", "float16", "float32"),  # after eager, so "auto" does not choose it: no GPU has run it yet
 }
 
@@ -25,6 +28,8 @@ def why_not(name: str) -> str | None:
     """
     if name not in BACKENDS:
         raise BackendError(f'backend must be "auto" or one of {sorted(BACKENDS)}, got {name!r}; choose one of them')
+    if name == "native":
+        return native_why_not()
     if importlib.util.find_spec("torch") is None:
         return 'torch is not installed; run pip install "rsvlm-infer[torch]"'
     if name == "cuda":
@@ -35,15 +40,17 @@ def why_not(name: str) -> str | None:
 
 
 def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") -> Backend:
-    """Loads a checkpoint folder into a backend.
+    """Loads a checkpoint folder, or a package, into a backend.
 
     Args:
-        path: checkpoint folder. name: "auto" = the first backend that can run. precision: "auto" = the backend's first.
+        path: checkpoint or package folder. name: "auto" = the package's backend, else the first that can run. precision: "auto" =
+            the package's, else the backend's first.
 
     Raises:
         BackendError: an unknown backend or precision. MissingDependencyError: none can run here. CheckpointError: a bad folder.
     """
-    chosen = next(iter(BACKENDS)) if name == "auto" else name
+    package = is_native_package(path)
+    chosen = ("native" if package else next(iter(BACKENDS))) if name == "auto" else name
     reason = why_not(chosen)
     if reason is not None:
         raise MissingDependencyError(f"backend {chosen!r} cannot run here: {reason}")
@@ -52,6 +59,19 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
         raise BackendError(
             f'precision of backend {chosen!r} must be "auto" or one of {list(precisions)}, got {precision!r}; choose one'
         )
+    if package != (chosen == "native"):
+        step = 'export it first, or use backend "eager"' if chosen == "native" else 'use backend "native", or its checkpoint'
+        kind = "a checkpoint" if chosen == "native" else "a native package"
+        raise CheckpointError(f"backend {chosen!r} cannot read {path}, which is {kind}; {step}")
+    if chosen == "native":
+        from .native import NativeBackend
+
+        native = NativeBackend.load(Path(path))
+        if precision not in ("auto", native.precision):
+            raise BackendError(
+                f"precision must be {native.precision!r}, that of the package, got {precision!r}; export it in that precision"
+            )
+        return native
     precision = precisions[0] if precision == "auto" else precision
     if chosen == "cuda":
         from .cuda import CudaBackend
