@@ -18,6 +18,7 @@ from ..errors import CheckpointError, MissingDependencyError
 from .checkpoint import CheckpointFolder, open_weights, sha256_of
 from .layouts import detect_layout
 from .layouts.base import Weights
+from .native_package import is_native_package, package_embedder, read_manifest
 from .weight_tables import RSVLM, Assignment, Rule, assign
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def embedder_digest(path: str | Path) -> str:
     Raises:
         CheckpointError, ConfigError: see `read_config`.
     """
+    if is_native_package(path):  # it embeds like the checkpoint that it was made from
+        return package_embedder(read_manifest(Path(path)))
     folder = CheckpointFolder.open(path)
     layout = detect_layout(folder)
     config = layout.config(folder)
