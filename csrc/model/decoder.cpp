@@ -144,8 +144,8 @@ void Decoder::reserve(std::int64_t rows, int threads, std::int64_t capacity) {
     best_values_.assign(static_cast<std::size_t>(rows * threads), 0.0f);
     best_ids_.assign(static_cast<std::size_t>(rows * threads), 0);
     const std::int64_t chunks = (capacity + kDecodeChunk - 1) / kDecodeChunk;
-    scratch_floats_ = rows * hidden + few_scratch_floats(std::max({hidden, width, gated}), rows) + dim +
-                      chunks * (dim + 2) + decode_scratch_floats(1, dim);
+    scratch_floats_ = rows * hidden + few_scratch_floats(std::max({hidden, width, gated}), rows) + dim + chunks * (dim + 2) +
+                      decode_scratch_floats(1, dim);
     scratch_floats_ = (scratch_floats_ + 15) / 16 * 16;
     scratch_.assign(static_cast<std::size_t>(scratch_floats_ * threads), 0.0f);
 }
@@ -162,8 +162,8 @@ void Decoder::decode(KvCache& cache, const DecodeRow* rows, std::int64_t count, 
         embed(&rows[i].token, 1, x_.data() + i * stride);
         turn(rows[i].position, cosines_.data() + i * half, sines_.data() + i * half);
     }
-    const Step step{cache,          rows, count, logits == nullptr ? logits_.data() : logits, best, row_kernels(),
-                    attention_kernel(shape_.cache)};
+    const Step step{
+        cache, rows, count, logits == nullptr ? logits_.data() : logits, best, row_kernels(), attention_kernel(shape_.cache)};
     parallel_region(threads, [&](int thread, int present) { run_step(step, thread, present); });
 }
 
@@ -297,7 +297,8 @@ void Decoder::logits(const float* states, std::int64_t count, float* out) {
     reserve(count, threads, reserved_capacity_);
     const std::int64_t stride = padded_columns(shape_.hidden);
     for (std::int64_t i = 0; i < count; ++i) {
-        std::memcpy(x_.data() + i * stride, states + i * shape_.hidden, static_cast<std::size_t>(shape_.hidden) * sizeof(float));
+        std::memcpy(x_.data() + i * stride, states + i * shape_.hidden,
+                    static_cast<std::size_t>(shape_.hidden) * sizeof(float));
     }
     const std::int64_t blocks = linear_blocks(head_);
     parallel_region(threads, [&](int thread, int present) {

@@ -47,8 +47,7 @@ LinearKernels choose_kernels(LinearKind kind) {
 #endif
         default:
             (void)kind;
-            return {portable::unpack_panel, portable::multiply_panel, portable::multiply_floats,
-                    portable::weight_matmul_part};
+            return {portable::unpack_panel, portable::multiply_panel, portable::multiply_floats, portable::weight_matmul_part};
     }
 }
 

@@ -22,10 +22,10 @@ struct PanelPart {
 };
 
 struct TilePart {
-    const void* x;  // [tokens, stride] floats or pairs
+    const void* x;                         // [tokens, stride] floats or pairs
     std::int64_t x_stride, tokens, count;  // count of floats or pairs of a row
     const float* panel;
-    float* out;  // at the block's first column
+    float* out;                        // at the block's first column
     std::int64_t out_stride, present;  // rows of the block that exist
     const float *bias, *scale;         // at the block, or null
     bool add;
@@ -35,16 +35,16 @@ struct FewPart {
     const float* x;      // [tokens, stride]
     const float* block;  // float32 layout
     std::int64_t stride, tokens, blocks;
-    float* out;  // at the first block's column
+    float* out;                        // at the first block's column
     std::int64_t out_stride, present;  // columns from there to the last one
 };
 
-#define RSVLM_DECLARE_LINEAR(isa)                                                                        \
-    namespace isa {                                                                                      \
-    void unpack_panel(const PanelPart& part);                                                            \
-    void multiply_panel(const TilePart& part);                                                           \
-    void multiply_floats(const FewPart& part);                                                           \
-    void pair_octets(const float* x, std::int64_t count, std::uint32_t* to);                             \
+#define RSVLM_DECLARE_LINEAR(isa)                                            \
+    namespace isa {                                                          \
+    void unpack_panel(const PanelPart& part);                                \
+    void multiply_panel(const TilePart& part);                               \
+    void multiply_floats(const FewPart& part);                               \
+    void pair_octets(const float* x, std::int64_t count, std::uint32_t* to); \
     }
 RSVLM_DECLARE_LINEAR(portable)
 RSVLM_DECLARE_LINEAR(avx2)
@@ -277,8 +277,8 @@ void multiply_floats(const FewPart& part) {
 // Words 4 o + j of pairs (x[8 o + j], x[8 o + j + 4]) as bf16: what weight_matmul reads for int4 with the bf16 dot product.
 void pair_octets(const float* x, std::int64_t count, std::uint32_t* to) {
 #ifdef RSVLM_DOT_BF16
-    const __m256i order = _mm256_set_epi8(15, 14, 7, 6, 13, 12, 5, 4, 11, 10, 3, 2, 9, 8, 1, 0, 15, 14, 7, 6, 13, 12, 5, 4, 11, 10,
-                                          3, 2, 9, 8, 1, 0);
+    const __m256i order = _mm256_set_epi8(15, 14, 7, 6, 13, 12, 5, 4, 11, 10, 3, 2, 9, 8, 1, 0, 15, 14, 7, 6, 13, 12, 5, 4, 11,
+                                          10, 3, 2, 9, 8, 1, 0);
     for (std::int64_t i = 0; i < count; i += kLanes) {
         const __m256i halves = (__m256i)_mm512_cvtneps_pbh(load(x + i));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i / 2), _mm256_shuffle_epi8(halves, order));

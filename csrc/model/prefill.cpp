@@ -15,7 +15,7 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr std::int64_t kAttentionPiece = 96;  // queries that share one copy of keys and values
-constexpr std::int64_t kRowsAtOnce = 480;  // keeps the widest activation of the default model at 6 MB
+constexpr std::int64_t kRowsAtOnce = 480;     // keeps the widest activation of the default model at 6 MB
 
 std::int64_t element_bytes(Element element) { return element == Element::kBfloat16 ? 2 : 4; }
 
@@ -161,9 +161,9 @@ void Decoder::prefill_rows(KvCache& cache, const PrefillRow* rows, std::int64_t 
             }
             const auto floats = static_cast<std::size_t>(attention_scratch_floats(keys, dim));
             const std::int64_t at = (piece.first * heads + head) * dim * cache_bytes;
-            attend({queries_.data() + at, cache.key(index, piece.row, head / group, 0), cache.value(index, piece.row, head / group, 0),
-                    outputs_.data() + at, group_width, dim, dim, group_width, piece.tokens, keys, dim,
-                    kLog2E / std::sqrt(static_cast<float>(dim)),
+            attend({queries_.data() + at, cache.key(index, piece.row, head / group, 0),
+                    cache.value(index, piece.row, head / group, 0), outputs_.data() + at, group_width, dim, dim, group_width,
+                    piece.tokens, keys, dim, kLog2E / std::sqrt(static_cast<float>(dim)),
                     static_cast<float*>(thread_scratch(floats * sizeof(float))), limits});
         });
         for (std::int64_t n = 0; n < tokens; ++n) {

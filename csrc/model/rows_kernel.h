@@ -9,8 +9,6 @@
 
 namespace rsvlm {
 
-
-
 // Everything after `width` of a row stays as it is.
 struct NormPart {
     const float* x;
@@ -21,14 +19,14 @@ struct NormPart {
     Element element;
 };
 
-#define RSVLM_DECLARE_ROWS(isa)                                                                                        \
-    namespace isa {                                                                                                    \
-    void norm_row(const NormPart& part);                                                                               \
-    void convert_row(const float* x, std::int64_t width, Element element, void* out);                                  \
-    void gate_row(const float* gate, const float* up, std::int64_t width, Element element, void* out);                 \
-    void activate_row(const float* x, std::int64_t width, Activation activation, Element element, void* out);          \
+#define RSVLM_DECLARE_ROWS(isa)                                                                                               \
+    namespace isa {                                                                                                           \
+    void norm_row(const NormPart& part);                                                                                      \
+    void convert_row(const float* x, std::int64_t width, Element element, void* out);                                         \
+    void gate_row(const float* gate, const float* up, std::int64_t width, Element element, void* out);                        \
+    void activate_row(const float* x, std::int64_t width, Activation activation, Element element, void* out);                 \
     void rotate_row(const float* x, const float* cosines, const float* sines, std::int64_t half, Element element, void* out); \
-    void add_row(const float* x, std::int64_t width, float factor, float* to);                                         \
+    void add_row(const float* x, std::int64_t width, float factor, float* to);                                                \
     }
 RSVLM_DECLARE_ROWS(portable)
 RSVLM_DECLARE_ROWS(avx2)

@@ -14,8 +14,8 @@
 namespace rsvlm {
 namespace {
 
-constexpr float kEps = 1e-5f;         // of the norms inside augmentation and experts
-constexpr float kSmallest = 1e-12f;   // lengths below are not divided by, as torch's normalize has it
+constexpr float kEps = 1e-5f;        // of the norms inside augmentation and experts
+constexpr float kSmallest = 1e-12f;  // lengths below are not divided by, as torch's normalize has it
 
 void normalise(float* x, std::int64_t width) {
     double sum = 0.0;
@@ -198,9 +198,9 @@ void SceneModel::run_experts(const float* base, const std::array<const float*, 3
     std::vector<std::int32_t> permutation(static_cast<std::size_t>(tokens * shape_.top_k));
     route(logits.data(), tokens, shape_.experts, {0, patches, 2 * patches, tokens}, shape_.top_k,
           {offsets.data(), permutation.data(), weights.data()});
-    grouped_experts({stacked.data(), offsets.data(), permutation.data(), weights.data(), w_gate_, w_up_, w_down_, b_up_, b_down_,
-                     mixed.data(), tokens, width, w_up_ == nullptr ? width : shape_.expert_hidden, shape_.experts, shape_.top_k,
-                     element_});
+    grouped_experts({stacked.data(), offsets.data(), permutation.data(), weights.data(), w_gate_, w_up_, w_down_, b_up_,
+                     b_down_, mixed.data(), tokens, width, w_up_ == nullptr ? width : shape_.expert_hidden, shape_.experts,
+                     shape_.top_k, element_});
     std::memcpy(out, base, static_cast<std::size_t>(patches * width) * sizeof(float));
     for (std::int64_t level = 0; level < 3; ++level) {
         const float gate = routers_[static_cast<std::size_t>(level)].gate;

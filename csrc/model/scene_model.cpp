@@ -145,16 +145,22 @@ void SceneModel::attend(std::int64_t rows, std::int64_t heads, const float* q, s
                         const std::vector<std::int64_t>& key_bounds) {
     const std::int64_t width = shape_.vision.hidden, dim = width / heads, bytes = element_bytes(element_);
     attended_.resize(static_cast<std::size_t>(rows * width * bytes));
-    TileAttention call{{q, q_stride, dim}, {kv, kv_stride, dim},        {kv + width, kv_stride, dim},
-                       attended_.data(),   heads,                       dim,
-                       element_,           1.0f / std::sqrt(static_cast<float>(dim))};
+    TileAttention call{{q, q_stride, dim},
+                       {kv, kv_stride, dim},
+                       {kv + width, kv_stride, dim},
+                       attended_.data(),
+                       heads,
+                       dim,
+                       element_,
+                       1.0f / std::sqrt(static_cast<float>(dim))};
     if (element_ == Element::kBfloat16) {
         queries_.resize(static_cast<std::size_t>((rows + 2 * keys) * width) * 2);
         auto* narrow = reinterpret_cast<std::uint16_t*>(queries_.data());
         const RowKernels kernels = row_kernels();
         for_rows(rows, [&](std::int64_t n) { kernels.convert(q + n * q_stride, width, element_, narrow + n * width); });
         std::uint16_t* pairs = narrow + rows * width;
-        for_rows(keys, [&](std::int64_t n) { kernels.convert(kv + n * kv_stride, 2 * width, element_, pairs + n * 2 * width); });
+        for_rows(keys,
+                 [&](std::int64_t n) { kernels.convert(kv + n * kv_stride, 2 * width, element_, pairs + n * 2 * width); });
         call.q = {narrow, width, dim};
         call.k = {pairs, 2 * width, dim};
         call.v = {pairs + width, 2 * width, dim};

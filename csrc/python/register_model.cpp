@@ -176,7 +176,9 @@ class PyDecoder {
     Decoder decoder_;
 };
 
-Activation activation(double code) { return code == 0 ? Activation::kGelu : code == 1 ? Activation::kGeluTanh : Activation::kQuickGelu; }
+Activation activation(double code) {
+    return code == 0 ? Activation::kGelu : code == 1 ? Activation::kGeluTanh : Activation::kQuickGelu;
+}
 
 class PySceneModel {
   public:
@@ -330,7 +332,8 @@ void register_model(py::module_& module) {
         .def_property_readonly("rows", &KvCache::rows)
         .def_property_readonly("capacity", &KvCache::capacity)
         .def("copy_row", &KvCache::copy_row, py::kw_only(), py::arg("source"), py::arg("source_row"), py::arg("row"),
-             py::arg("length"), py::call_guard<py::gil_scoped_release>(), "The first `length` places of a row of another cache.");
+             py::arg("length"), py::call_guard<py::gil_scoped_release>(),
+             "The first `length` places of a row of another cache.");
     py::class_<PyDecoder>(module, "NativeDecoder", "The language model of a package, over weights that the caller has mapped.")
         .def(py::init<const py::dict&, const Settings&, const Array<float>&, const std::string&>(), py::kw_only(),
              py::arg("weights"), py::arg("settings"), py::arg("frequencies"), py::arg("cache"))

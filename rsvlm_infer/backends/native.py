@@ -166,9 +166,7 @@ class NativeBackend:
         if self.config.alignment is None:
             return None
         token = levels.class_tokens[2][:1]
-        return Embeddings(
-            *self._scene_model.align(taps=levels.taps, scene_class_token=token, bounds=scene.cu_seqlens.tolist())
-        )
+        return Embeddings(*self._scene_model.align(taps=levels.taps, scene_class_token=token, bounds=scene.cu_seqlens.tolist()))
 
     def _find_cues(self, embeddings: Embeddings | None, query: Query | None) -> tuple[list[F32], tuple[str, ...]]:
         """Cue vectors [K, De] of each level, and their texts."""
@@ -291,9 +289,7 @@ class NativeBackend:
             return NativeCache(cache.store, cache.rows[chosen], cache.lengths[chosen])
         store = self._language().cache(rows=len(chosen), capacity=cache.store.capacity)
         for row, source in enumerate(chosen.tolist()):
-            store.copy_row(
-                source=cache.store, source_row=int(cache.rows[source]), row=row, length=int(cache.lengths[source])
-            )
+            store.copy_row(source=cache.store, source_row=int(cache.rows[source]), row=row, length=int(cache.lengths[source]))
         return NativeCache(store, np.arange(len(chosen), dtype=np.int64), cache.lengths[chosen])
 
     def embed_image(self, features: ImageFeatures) -> Embeddings:
@@ -375,9 +371,7 @@ def _scene_settings(config: RsvlmConfig) -> dict[str, float]:
     return {name: float(value) for name, value in settings.items()}
 
 
-def _assemble_anyres(
-    tokens: F32, layout: tuple[int, int], grid: int, kept: tuple[int, int, int, int], newline: F32
-) -> F32:
+def _assemble_anyres(tokens: F32, layout: tuple[int, int], grid: int, kept: tuple[int, int, int, int], newline: F32) -> F32:
     """LLaVA-NeXT's order; see `layers.projector.assemble_anyres`, whose tiles are here one after another [T · g², Dl]."""
     rows, columns = layout
     canvas = tokens[grid * grid :].reshape(rows, columns, grid, grid, -1).transpose(0, 2, 1, 3, 4)

@@ -114,19 +114,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, expected in (("format", FORMAT), ("architecture", ARCHITECTURE), ("kind", KIND)):
         if values.get(name) != expected:
             raise _problem(
-                folder, f"manifest {name} must be {expected!r}, got {values.get(name)!r}", "use the program that it was made for"
+                folder,
+                f"manifest {name} must be {expected!r}, got {values.get(name)!r}",
+                "use the program that it was made for",
             )
     version = values.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise _problem(folder, f"manifest version must be a number from 1, got {version!r}", _AGAIN)
     if version > FORMAT_VERSION:
         raise _problem(
-            folder, f"manifest version must be at most {FORMAT_VERSION}, got {version}", "upgrade rsvlm-infer, or export it again"
+            folder,
+            f"manifest version must be at most {FORMAT_VERSION}, got {version}",
+            "upgrade rsvlm-infer, or export it again",
         )
     if values.get("precision") not in PRECISIONS:
-        raise _problem(
-            folder, f"manifest precision must be one of {list(PRECISIONS)}, got {values.get('precision')!r}", _AGAIN
-        )
+        raise _problem(folder, f"manifest precision must be one of {list(PRECISIONS)}, got {values.get('precision')!r}", _AGAIN)
     files = values.get("files")
     needed = {"config.json", "tokenizer.json", WEIGHTS}
     if not isinstance(files, dict) or not needed <= set(files):

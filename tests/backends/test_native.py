@@ -16,9 +16,9 @@ from tests.native import INSTRUCTION_SETS, limited_to, needs_native
 
 pytest.importorskip("torch", reason="packages are made with torch, and eager is the reference")
 
-from rsvlm_infer.backends.eager import EagerBackend  # noqa: E402
-from rsvlm_infer.backends.native import NativeBackend  # noqa: E402
-from tests.backends.native_packages import AWKWARD, CONFIG, IMAGE, packed_scene, write_package  # noqa: E402
+from rsvlm_infer.backends.eager import EagerBackend
+from rsvlm_infer.backends.native import NativeBackend
+from tests.backends.native_packages import AWKWARD, CONFIG, IMAGE, packed_scene, write_package
 
 pytestmark = needs_native
 
@@ -67,9 +67,7 @@ def languages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NativeBacke
     language = dataclasses.replace(CONFIG.language, hidden_size=64, intermediate_size=96, head_dim=16)
     config = dataclasses.replace(CONFIG, language=language)
     folder = tmp_path_factory.mktemp("precisions")
-    return {
-        name: NativeBackend.load(write_package(folder, config, name)[1]) for name in ("fp32", "bf16", "int8", "int4")
-    }
+    return {name: NativeBackend.load(write_package(folder, config, name)[1]) for name in ("fp32", "bf16", "int8", "int4")}
 
 
 def _query(backend: EagerBackend | NativeBackend) -> Query:

@@ -44,15 +44,24 @@ def _flip(file: Path, place: int) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a flipped weight": (lambda p: _flip(p / "weights.safetensors", -5), r"weights.safetensors must have sha256 \w{12}, got \w{12}"),
+    "a flipped weight": (
+        lambda p: _flip(p / "weights.safetensors", -5),
+        r"weights.safetensors must have sha256 \w{12}, got \w{12}",
+    ),
     "a flipped word": (lambda p: _flip(p / "tokenizer.json", 9), "tokenizer.json must have sha256"),
-    "a cut file": (lambda p: os.truncate(p / "weights.safetensors", 1000), r"weights.safetensors must have \d+ bytes, got 1000"),
+    "a cut file": (
+        lambda p: os.truncate(p / "weights.safetensors", 1000),
+        r"weights.safetensors must have \d+ bytes, got 1000",
+    ),
     "a missing file": (lambda p: (p / "config.json").unlink(), "config.json must exist, it is missing"),
     "a newer version": (
         lambda p: _edit_manifest(p, lambda m: m.update(version=2)),
         "version must be at most 1, got 2; upgrade rsvlm-infer",
     ),
-    "a foreign format": (lambda p: _edit_manifest(p, lambda m: m.update(format="gguf")), "format must be 'rsvlm-package', got 'gguf'"),
+    "a foreign format": (
+        lambda p: _edit_manifest(p, lambda m: m.update(format="gguf")),
+        "format must be 'rsvlm-package', got 'gguf'",
+    ),
     "a foreign architecture": (
         lambda p: _edit_manifest(p, lambda m: m.update(architecture="bert")),
         "architecture must be 'rsvlm', got 'bert'",
@@ -119,7 +128,9 @@ def test_an_embedding_row_is_the_rounded_weight() -> None:
         laid = lay_out(config, state, precision)
         assert laid["language_model.embed_tokens"][0] == kind
         assert laid["language_model.layers.0.mlp.gate_up"][0] == precision
-        values = {name: float(value) for name, value in dataclasses.asdict(config.language).items() if not isinstance(value, str)}
+        values = {
+            name: float(value) for name, value in dataclasses.asdict(config.language).items() if not isinstance(value, str)
+        }
         weights = {
             name: (k, rows, columns, np.ascontiguousarray(content).reshape(-1).view(np.uint8))
             for name, (k, rows, columns, content) in laid.items()
@@ -142,7 +153,7 @@ def test_export_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (package / "manifest.json").read_text() == before  # the same checkpoint, the same bytes
     with pytest.raises(CheckpointError, match="precision must be one of"):
         export_native(checkpoint, tmp_path / "other", "int2")
-    monkeypatch.setattr("rsvlm_export.native.write_weights", lambda path, weights: path.write_bytes(b"") and 1 / 0 or 1 / 0)
+    monkeypatch.setattr("rsvlm_export.native.write_weights", lambda path, weights: (path.write_bytes(b"") and 1 / 0) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_native(checkpoint, tmp_path / "other", "bf16")
     assert not (tmp_path / "other").exists()
@@ -152,7 +163,9 @@ def test_export_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_low_rank_pairs_are_merged(tmp_path: Path) -> None:
     state = random_model(CONFIG).state_dict()
     name = "language_model.layers.0.attention.o"
-    base = {key: value for key, value in state.items() if key != f"{name}.weight"} | {f"{name}.weight": state[f"{name}.weight"] * 0}
+    base = {key: value for key, value in state.items() if key != f"{name}.weight"} | {
+        f"{name}.weight": state[f"{name}.weight"] * 0
+    }
     pair = {f"{name}.lora_a": torch.randn(2, 32), f"{name}.lora_b": torch.randn(32, 2)}
     from tests.tasks.telling_model import write_tokenizer
 
@@ -183,7 +196,9 @@ result = model.classify(image, ["a", "b"])
 model.embed_text("forest")
 print(model.backend.name, model.backend.precision, len(answer.token_ids), result.label)
 """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("COV")} | {"PYTHONPATH": str(REPOSITORY)}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("COV")} | {
+        "PYTHONPATH": str(REPOSITORY)
+    }
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[:2] == ["native", "int4"]

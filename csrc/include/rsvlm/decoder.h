@@ -1,5 +1,5 @@
-// The Llama / Qwen2 language model over a KV cache: prompts in blocks of rows, then token by token. Knows no text, no images, no
-// sampling and no Python.
+// The Llama / Qwen2 language model over a KV cache: prompts in blocks of rows, then token by token. Knows no text, no images,
+// no sampling and no Python.
 #pragma once
 
 #include <cstdint>
@@ -71,8 +71,8 @@ class Decoder {
     // ids [count] -> [count, hidden]. Throws std::invalid_argument for ids outside of the vocabulary.
     void embed(const std::int32_t* ids, std::int64_t count, float* out) const;
 
-    // Embeddings of all rows, one after another [sum of tokens, hidden] -> the state after each row's last token [count, hidden],
-    // final norm applied.
+    // Embeddings of all rows, one after another [sum of tokens, hidden] -> the state after each row's last token [count,
+    // hidden], final norm applied.
     void prefill(KvCache& cache, const PrefillRow* rows, std::int64_t count, const float* embeddings, float* states);
 
     // [count, hidden] -> [count, vocabulary].

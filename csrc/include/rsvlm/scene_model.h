@@ -1,5 +1,5 @@
-// Everything between a scene's patches and the language model: vision encoder, alignment heads, augmentation, experts, projector.
-// Knows no text, no knowledge base, no pixels and no Python.
+// Everything between a scene's patches and the language model: vision encoder, alignment heads, augmentation, experts,
+// projector. Knows no text, no knowledge base, no pixels and no Python.
 #pragma once
 
 #include <array>
@@ -50,23 +50,24 @@ class SceneModel {
 
     const SceneShape& shape() const { return shape_; }
 
-    // patches [S, patch_values] and positions [S, hidden] of T tiles with `bounds` [T + 1] -> three taps [S, hidden] and, with a
-    // class token, three [T, hidden].
+    // patches [S, patch_values] and positions [S, hidden] of T tiles with `bounds` [T + 1] -> three taps [S, hidden] and, with
+    // a class token, three [T, hidden].
     void encode(const float* patches, const float* positions, const std::vector<std::int64_t>& bounds,
                 const std::array<float*, 3>& taps, const std::array<float*, 3>& class_tokens);
 
     // Salient patches per tile of a scene with these bounds: its shortest tile may have fewer.
     std::int64_t salient_count(const std::vector<std::int64_t>& bounds) const;
     bool has_head(int level) const { return heads_[static_cast<std::size_t>(level)].proj.layout != nullptr; }
-    // One scene's unit vectors: object [T, salient_count, embed], region [T, embed], scene [embed]; null where a head is absent.
+    // One scene's unit vectors: object [T, salient_count, embed], region [T, embed], scene [embed]; null where a head is
+    // absent.
     void align(const std::array<const float*, 3>& taps, const float* scene_class_token, const std::vector<std::int64_t>& bounds,
                const std::array<float*, 3>& out);
     // States [count, text] -> unit vectors [count, embed].
     void embed_states(const float* states, std::int64_t count, float* out);
 
     // One scene's taps [S, hidden], cues per level [K, embed] and query tokens [Q, language] -> Y [S, hidden].
-    void bridge(const std::array<const float*, 3>& taps, std::int64_t patches, const std::array<Rows, 3>& cues, const Rows& query,
-                float* out);
+    void bridge(const std::array<const float*, 3>& taps, std::int64_t patches, const std::array<Rows, 3>& cues,
+                const Rows& query, float* out);
 
     // Y [S, hidden] of tiles with these grids (rows, columns) -> visual tokens [S / pixel_shuffle^2, language].
     void project(const float* features, const std::vector<std::array<std::int64_t, 2>>& grids, float* out);
@@ -104,7 +105,8 @@ class SceneModel {
                 const std::vector<std::int64_t>& key_bounds);
     void activate(std::int64_t count, std::int64_t width, Activation activation);
     void run_head(const Head& head, std::int64_t count, const float* x, float* out);
-    void augment(const Level& level, const float* features, std::int64_t patches, const Rows& cues, const Rows& query, float* out);
+    void augment(const Level& level, const float* features, std::int64_t patches, const Rows& cues, const Rows& query,
+                 float* out);
     void run_experts(const float* base, const std::array<const float*, 3>& features, std::int64_t patches, float* out);
 
     SceneShape shape_;
