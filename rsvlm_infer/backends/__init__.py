@@ -8,9 +8,19 @@ from pathlib import Path
 from ..errors import BackendError, CheckpointError, MissingDependencyError
 from ..hardware import native_why_not
 from ..models.native_package import is_native_package
-from .base import Backend, Embeddings, ImageFeatures, Prompt, Query
+from .base import Backend, DraftingBackend, Embeddings, ImageFeatures, Prompt, Query
 
-__all__ = ["BACKENDS", "Backend", "Embeddings", "ImageFeatures", "Prompt", "Query", "load_backend", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "DraftingBackend",
+    "Embeddings",
+    "ImageFeatures",
+    "Prompt",
+    "Query",
+    "load_backend",
+    "why_not",
+]
 
 # Backend -> precisions, in order of preference. Preference is data; capability is why_not().
 BACKENDS: dict[str, tuple[str, ...]] = {

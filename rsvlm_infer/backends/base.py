@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -82,3 +82,14 @@ class Backend(Protocol):
 
     def embed_text(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
         """Texts -> L2-normalised [B, De]."""
+
+
+@runtime_checkable
+class DraftingBackend(Protocol):
+    """What a backend may have besides: several tokens of a row in one step, with the bits that single steps would give."""
+
+    def decode_drafts(self, cache: Any, token_ids: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
+        """Feeds each row its next tokens; logits [tokens, V] of each row. The cache's length stays as it was until `accept`."""
+
+    def accept(self, cache: Any, counts: Sequence[int]) -> None:
+        """Of the tokens of the last `decode_drafts`, the first `counts` of each row stay."""

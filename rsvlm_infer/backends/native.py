@@ -282,6 +282,25 @@ class NativeBackend:
         cache.lengths = cache.lengths + 1
         return logits
 
+    def decode_drafts(self, cache: NativeCache, token_ids: Sequence[Sequence[int]]) -> list[F32]:
+        """Several tokens of each row in one step; see `DraftingBackend`. Their bits are those of single steps."""
+        counts = np.array([len(tokens) for tokens in token_ids], np.int64)
+        if int((cache.lengths + counts).max()) > cache.store.capacity:
+            raise InputError(f"the cache holds {cache.store.capacity} tokens a row and is full; prefill with a larger capacity")
+        ends = counts.cumsum()
+        places = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        logits: F32 = self._language().decode(
+            cache=cache.store,
+            rows=np.repeat(cache.rows, counts),
+            positions=np.repeat(cache.lengths, counts) + places,
+            token_ids=np.array([token for tokens in token_ids for token in tokens], np.int32),
+        )
+        return np.split(logits, ends[:-1])
+
+    def accept(self, cache: NativeCache, counts: Sequence[int]) -> None:
+        """See `DraftingBackend`: what was refused lies behind the row's end, where the next step writes."""
+        cache.lengths = cache.lengths + np.array(list(counts), np.int64)
+
     def keep(self, cache: NativeCache, rows: Sequence[int]) -> NativeCache:
         """See `Backend.keep`: nothing is copied unless a row repeats."""
         chosen = np.array(list(rows), dtype=np.int64)

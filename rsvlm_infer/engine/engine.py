@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.base import Backend, Prompt
+from ..backends.base import Backend, DraftingBackend, Prompt
 from ..errors import InputError
 from .checks import check_integer
 from .choices import ChoiceTrie
+from .drafts import DraftCounts, Drafter
 from .request import ChoiceScores, FinishReason, Request, TokenEvent
 from .sampling import choose_token, log_softmax
 
+DRAFT_ROWS = 8  # rows of one step with guesses; beyond, the step is bound by arithmetic, and a guess costs what it saves
+
 
 class Engine:
-    """Generates with one backend; at most `max_batch` rows share a KV cache."""
+    """Generates with one backend; at most `max_batch` rows share a KV cache.
 
-    def __init__(self, backend: Backend, max_batch: int = 16) -> None:
+    A backend that can check several tokens of a row in one step gets up to `draft_tokens` guesses per row. What is generated does
+    not change: a guess only counts when the model chooses it too. `drafts` counts how many did; 0 turns guessing off.
+    """
+
+    def __init__(self, backend: Backend, max_batch: int = 16, draft_tokens: int = 3) -> None:
         check_integer("max_batch", max_batch)
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}; raise it")
         self.backend = backend
         self.max_batch = max_batch
+        self.draft_tokens = draft_tokens if isinstance(backend, DraftingBackend) else 0
+        self.drafts = DraftCounts()
 
     def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
         """Tokens of all requests as they are chosen; each request's last event is `finished`.
@@ -46,20 +56,46 @@ class Engine:
             started = time.perf_counter()
             queue_ms = (started - called) * 1e3
             logits, cache = self.backend.prefill([row.request.prompt for row in rows], capacity)  # [B, V]
+            logits_of = list(logits[:, None])  # of each row [tokens fed, V]
             while True:
-                chosen = [row.choose(logits[i]) for i, row in enumerate(rows)]
+                chosen = [row.take(row_logits) for row, row_logits in zip(rows, logits_of, strict=True)]
                 step_ms = (time.perf_counter() - started) * 1e3
-                for row, token_id in zip(rows, chosen, strict=True):
-                    yield TokenEvent(row.index, token_id, step_ms, row.finish_reason, queue_ms)
+                for row, tokens in zip(rows, chosen, strict=True):
+                    for place, token_id in enumerate(tokens, start=1):
+                        reason = row.finish_reason if place == len(tokens) else None
+                        yield TokenEvent(row.index, token_id, step_ms / len(tokens), reason, queue_ms)
 
                 started = time.perf_counter()
+                self._record(rows, chosen, cache)
                 alive = [i for i, row in enumerate(rows) if row.finish_reason is None]
                 if not alive:
                     break
                 if len(alive) < len(rows):
                     cache = self.backend.keep(cache, alive)
                     rows = [rows[i] for i in alive]
-                logits = self.backend.decode(cache, np.array([chosen[i] for i in alive], dtype=np.int32))
+                logits_of = self._step(rows, [chosen[i][-1] for i in alive], cache)
+
+    def _step(self, rows: Sequence[_Row], last: Sequence[int], cache: Any) -> list[npt.NDArray[np.float32]]:
+        """Feeds each row its last token, and guesses behind it; logits [tokens fed, V] of each row."""
+        free = 0 if self.draft_tokens == 0 else min(self.draft_tokens, DRAFT_ROWS // len(rows) - 1)
+        for row in rows:
+            row.guess(free)
+        backend = self.backend
+        if isinstance(backend, DraftingBackend) and any(row.draft for row in rows):
+            return backend.decode_drafts(cache, [(token, *row.draft) for token, row in zip(last, rows, strict=True)])
+        return list(backend.decode(cache, np.array(last, dtype=np.int32))[:, None])
+
+    def _record(self, rows: Sequence[_Row], chosen: Sequence[Sequence[int]], cache: Any) -> None:
+        """Counts which guesses came true, and makes the cache as long as the rows."""
+        if not any(row.draft for row in rows):
+            return
+        assert isinstance(self.backend, DraftingBackend)
+        self.backend.accept(cache, [len(tokens) for tokens in chosen])
+        self.drafts.steps += 1
+        for row, tokens in zip(rows, chosen, strict=True):
+            self.drafts.drafted += len(row.draft)
+            self.drafts.accepted += len(tokens) - 1
+            row.drafter.record(len(row.draft), len(tokens) - 1)
 
     def score_choices(self, prompt: Prompt, choices: Sequence[Sequence[int]]) -> ChoiceScores:
         """Mean log-probability per token of each choice after one prompt, by teacher forcing.
@@ -147,12 +183,29 @@ class _Row:
         self.count = 0
         self.generator = np.random.default_rng(request.seed)
         self.node = None if request.allowed is None else ChoiceTrie(request.allowed).root
+        self.drafter = Drafter(request.token_ids.tolist(), request.hints)
+        self.draft: tuple[int, ...] = ()
+
+    def guess(self, count: int) -> None:
+        """Sets `draft`: at most `count` tokens, none that the row has no room for."""
+        left = self.request.max_new_tokens - self.count - 1
+        self.draft = self.drafter.guess(min(count, left)) if count > 0 else ()
+
+    def take(self, logits: npt.NDArray[np.float32]) -> list[int]:
+        """Chooses from logits [1 + guesses, V] of the last token and of `draft`, as long as guesses come true."""
+        tokens = [self.choose(logits[0])]
+        for guess, following in zip(self.draft, logits[1:], strict=False):
+            if self.finish_reason is not None or tokens[-1] != guess:
+                break
+            tokens.append(self.choose(following))
+        return tokens
 
     def choose(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token id from logits [V]; sets `finish_reason` when it is the last one."""
         request = self.request
         token_id = choose_token(logits, request.temperature, request.top_p, self.generator, self._allowed_ids())
         self.count += 1
+        self.drafter.add(token_id)
         if self.node is not None:
             self.node = self.node.children.get(token_id)
             if self.node is None or not self.node.children:
