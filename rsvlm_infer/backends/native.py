@@ -99,6 +99,11 @@ class NativeBackend:
             knowledge.require_embedder(package.embedder)
         return cls(package, knowledge)
 
+    def forget(self) -> None:
+        """Drops what is kept between questions; the next answer is computed from its image on, as the first one was."""
+        self._levels.clear()
+        self._prefixes = []
+
     def encode(self, scenes: Sequence[PackedScene], queries: Sequence[Query | None] | None = None) -> list[ImageFeatures]:
         """Scenes -> visual tokens; see `Backend.encode`."""
         features = []
