@@ -63,7 +63,7 @@ class NativePackage:
         """Checks and maps a package.
 
         Args:
-            verify: also compare the sha256 of every file, which reads them all once (about 0.6 s per GB).
+            verify: also compare the sha256 of every file, which reads them all once (0.65 s per GB).
 
         Raises:
             CheckpointError: a foreign or newer package, or a file that is missing, cut or changed.

@@ -12,7 +12,7 @@ from rsvlm_infer.backends import Prompt, Query, load_backend
 from rsvlm_infer.config import RsvlmConfig
 from rsvlm_infer.errors import BackendError, CheckpointError, InputError
 from rsvlm_infer.knowledge.store import KnowledgeBase
-from tests.native import INSTRUCTION_SETS, limited_to, needs_native
+from tests.native import INSTRUCTION_SETS, limited_to, needs_native, threads
 
 pytest.importorskip("torch", reason="packages are made with torch, and eager is the reference")
 
@@ -145,6 +145,29 @@ def test_rows_have_the_same_bits_alone_in_a_batch_and_after_keep(
             places = (row, [3, 0, 4].index(row), 1 if row == 3 else {30: 0, 32: 2}[tokens[2]])
             for step, place, token in zip(steps[1:], places, tokens, strict=True):
                 np.testing.assert_array_equal(step[place], backend.decode(own, np.array([token], np.int32))[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_threads_do_not_change_a_bit(languages: dict[str, NativeBackend], precision: str) -> None:
+    backend, scene = languages[precision], packed_scene(CONFIG, 90, 64, 3)
+    prompts = _random_prompts(backend.config, (40, 300, 3))
+
+    def run() -> list[np.ndarray]:
+        backend.forget()
+        tokens = backend.encode([scene])[0].handle.tokens
+        logits, cache = backend.prefill(prompts, 320)
+        best = backend._decoder.decode_best(
+            cache=cache.store, rows=cache.rows, positions=cache.lengths, token_ids=np.array([4, 5, 6], np.int32)
+        )
+        step = backend.decode(cache, np.array([4, 5, 6], np.int32))
+        np.testing.assert_array_equal(best, step.argmax(axis=1))
+        return [tokens, logits, step, best]
+
+    with threads(1):
+        alone = run()
+    with threads(2):
+        for expected, got in zip(alone, run(), strict=True):
+            np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)

@@ -93,6 +93,16 @@ def test_damage_is_refused_in_one_line(package: Path, damage: str) -> None:
     assert ";" in str(caught.value)  # what to do comes last
 
 
+def test_info_shows_a_package_and_its_damage(package: Path) -> None:
+    from rsvlm_infer.cli.inspect import checkpoint_report
+
+    assert checkpoint_report(package).problem is None
+    _flip(package / "weights.safetensors", -5)
+    problem = checkpoint_report(package).problem
+    assert problem is not None
+    assert "weights.safetensors must have sha256" in problem
+
+
 def test_a_wrong_header_is_refused_without_reading_hashes(package: Path) -> None:
     _flip(package / "weights.safetensors", 0)
     with pytest.raises(CheckpointError, match="must be one of a native package"):
@@ -153,8 +163,12 @@ def test_export_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (package / "manifest.json").read_text() == before  # the same checkpoint, the same bytes
     with pytest.raises(CheckpointError, match="precision must be one of"):
         export_native(checkpoint, tmp_path / "other", "int2")
-    monkeypatch.setattr("rsvlm_export.native.write_weights", lambda path, weights: (path.write_bytes(b"") and 1 / 0) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("rsvlm_export.native.write_weights", fail)
+    with pytest.raises(OSError, match="no space left"):
         export_native(checkpoint, tmp_path / "other", "bf16")
     assert not (tmp_path / "other").exists()
     assert not list(tmp_path.glob(".other*"))

@@ -18,6 +18,8 @@ TORCH_FREE = (
     "rsvlm_infer.tasks",
     "rsvlm_infer.engine",
     "rsvlm_infer.backends",
+    "rsvlm_infer.backends.native",
+    "rsvlm_infer.models.native_package",
     "rsvlm_infer.knowledge",
     "rsvlm_infer.imagery.source",
     "rsvlm_infer.imagery.plan",
