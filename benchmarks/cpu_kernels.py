@@ -16,7 +16,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,11 +76,11 @@ def attention_cases(dtype: str) -> Iterator[Case]:
                 "varlen_tile_attention",
                 f"{name} {shape}",
                 dtype,
-                lambda q=q, k=k, v=v, cu=cu: native(q, k, v, cu),
+                partial(native, q, k, v, cu),
                 {
-                    "sdpa loop": lambda q=q, k=k, v=v, cu=cu: eager(q, k, v, cu),
-                    "sdpa padded": lambda q=q, k=k, v=v, n=lengths: _padded(q, k, v, n),
-                    "sdpa bucketed": lambda q=q, k=k, v=v, n=lengths: _bucketed(q, k, v, n),
+                    "sdpa loop": partial(eager, q, k, v, cu),
+                    "sdpa padded": partial(_padded, q, k, v, lengths),
+                    "sdpa bucketed": partial(_bucketed, q, k, v, lengths),
                 },
                 sum(4.0 * n * n * heads * 64 for n in lengths),
                 "gemm",
@@ -88,8 +90,9 @@ def attention_cases(dtype: str) -> Iterator[Case]:
 def _padded(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     sizes = torch.tensor(lengths)
     seen = torch.arange(max(lengths))[None] < sizes[:, None]  # [T, n]
-    batch = [torch.nn.utils.rnn.pad_sequence(list(part.split(lengths)), batch_first=True).transpose(1, 2) for part in (q, k, v)]
-    return F.scaled_dot_product_attention(*batch, attn_mask=seen[:, None, None]).transpose(1, 2)[seen]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    q, k, v = (pad(list(part.split_with_sizes(lengths))).transpose(1, 2) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None]).transpose(1, 2)[seen]
 
 
 def _bucketed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
@@ -97,8 +100,8 @@ def _bucketed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     starts = [0, *itertools.accumulate(lengths)]
     for length in sorted(set(lengths)):
         rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i, n in enumerate(lengths) if n == length])
-        batch = [part[rows].view(-1, length, *part.shape[1:]).transpose(1, 2) for part in (q, k, v)]
-        out[rows] = F.scaled_dot_product_attention(*batch).transpose(1, 2).reshape(-1, *q.shape[1:])
+        q_part, k_part, v_part = (part[rows].view(-1, length, *part.shape[1:]).transpose(1, 2) for part in (q, k, v))
+        out[rows] = F.scaled_dot_product_attention(q_part, k_part, v_part).transpose(1, 2).reshape(-1, *q.shape[1:])
     return out
 
 
@@ -109,6 +112,13 @@ def experts_cases(dtype: str) -> Iterator[Case]:
         torch.randn(s).mul(0.05).to(DTYPES[dtype]) for s in ((experts, hidden, width),) * 2 + ((experts, width, hidden),)
     )
     eager, native = ((resolve("route", name), resolve("grouped_experts", name)) for name in ("eager", "native"))
+
+    def routed(ops: tuple[Callable[..., Any], Callable[..., Any]], x: Tensor, logits: Tensor, offsets: Tensor) -> Any:
+        return ops[1](x, *ops[0](logits, offsets, 2), gate, up, down)
+
+    def sorted_matmuls(x: Tensor, logits: Tensor, offsets: Tensor) -> Tensor:
+        return _sorted(x, eager[0](logits, offsets, 2), gate, up, down)
+
     for tokens in (64, 256, 1024, 4096):
         offsets = torch.tensor([0, tokens // 3, 2 * tokens // 3, tokens])
         x, logits = torch.randn(tokens, width).to(DTYPES[dtype]), torch.randn(tokens, experts)
@@ -116,10 +126,10 @@ def experts_cases(dtype: str) -> Iterator[Case]:
             "route + grouped_experts",
             f"12 experts top-2 {tokens} tokens",
             dtype,
-            lambda x=x, logits=logits, o=offsets: native[1](x, *native[0](logits, o, 2), gate, up, down),
+            partial(routed, native, x, logits, offsets),
             {
-                "eager loop": lambda x=x, logits=logits, o=offsets: eager[1](x, *eager[0](logits, o, 2), gate, up, down),
-                "sorted matmuls": lambda x=x, logits=logits, o=offsets: _sorted(x, eager[0](logits, o, 2), gate, up, down),
+                "eager loop": partial(routed, eager, x, logits, offsets),
+                "sorted matmuls": partial(sorted_matmuls, x, logits, offsets),
             },
             12.0 * tokens * width * hidden,
             "gemm",
@@ -189,8 +199,8 @@ def decode_cases(dtype: str) -> Iterator[Case]:
                 op,
                 shape,
                 dtype,
-                lambda f=native, a=arguments: f(*a),
-                {"eager": lambda f=eager, a=arguments: f(*a)},
+                partial(native, *arguments),
+                {"eager": partial(eager, *arguments)},
                 read,
                 "read",
             )

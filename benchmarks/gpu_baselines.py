@@ -43,9 +43,9 @@ def attention_baselines(
 def _sdpa_loop(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Run:
     def run() -> Tensor:
         out = torch.empty_like(q)
-        parts = zip(out.split(lengths), q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-        for target, q_tile, k_tile, v_tile in parts:
-            tile = F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in (q_tile, k_tile, v_tile)))
+        for target, *tiles in zip(*(part.split_with_sizes(lengths) for part in (out, q, k, v)), strict=True):
+            q_tile, k_tile, v_tile = (part.transpose(0, 1)[None] for part in tiles)
+            tile = F.scaled_dot_product_attention(q_tile, k_tile, v_tile)
             target.copy_(tile[0].transpose(0, 1))
         return out
 
@@ -66,7 +66,8 @@ def _sdpa_padded(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Run:
             grid = part.new_zeros((len(lengths) * longest, *part.shape[1:]))
             grid[places] = part
             padded.append(grid.view(len(lengths), longest, *part.shape[1:]).transpose(1, 2))
-        out = F.scaled_dot_product_attention(*padded, attn_mask=mask)
+        q_padded, k_padded, v_padded = padded
+        out = F.scaled_dot_product_attention(q_padded, k_padded, v_padded, attn_mask=mask)
         return out.transpose(1, 2).reshape(-1, *q.shape[1:])[places]
 
     return run
@@ -82,8 +83,9 @@ def _sdpa_bucketed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Run:
     def run() -> Tensor:
         out = torch.empty_like(q)
         for tiles, length, rows in buckets:
-            parts = (part[rows].view(tiles, length, *part.shape[1:]).transpose(1, 2) for part in (q, k, v))
-            out[rows] = F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(-1, *q.shape[1:])
+            q_part, k_part, v_part = (part[rows].view(tiles, length, *part.shape[1:]).transpose(1, 2) for part in (q, k, v))
+            attended = F.scaled_dot_product_attention(q_part, k_part, v_part)
+            out[rows] = attended.transpose(1, 2).reshape(-1, *q.shape[1:])
         return out
 
     return run
@@ -102,8 +104,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Run:
 
     mask = create_block_mask(same_tile, None, None, rows, rows, device=str(q.device), _compile=True)
     compiled = torch.compile(flex_attention)
-    heads_first = [part.transpose(0, 1)[None] for part in (q, k, v)]
-    return lambda: compiled(*heads_first, block_mask=mask)[0].transpose(0, 1)
+    q_heads, k_heads, v_heads = (part.transpose(0, 1)[None] for part in (q, k, v))
+    return lambda: compiled(q_heads, k_heads, v_heads, block_mask=mask)[0].transpose(0, 1)
 
 
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: list[int]) -> Run:

@@ -19,6 +19,7 @@ import datetime as dt
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Case:
     op: str
     shape: str
     dtype: Any
-    run: Callable[[], Any]
+    run: partial[Any]
     baselines: dict[str, Callable[[], Callable[[], Any]]]
     bytes_moved: float
     flop: float
@@ -53,7 +54,8 @@ class Clock:
     def __init__(self, quick: bool) -> None:
         import torch
 
-        self.torch, self.repetitions = torch, 15 if quick else 50
+        self.torch: Any = torch
+        self.repetitions = 15 if quick else 50
         properties = torch.cuda.get_device_properties(0)
         self.device = properties.name
         self.flush = torch.empty(max(1 << 28, 4 * properties.L2_cache_size), dtype=torch.int8, device=DEVICE)
@@ -89,7 +91,8 @@ class Clock:
         graph = self.torch.cuda.CUDAGraph()
         with self.torch.cuda.graph(graph):
             run()
-        return graph.replay
+        replay: Callable[[], Any] = graph.replay
+        return replay
 
 
 def attention_cases(dtype: Any, quick: bool) -> Iterator[Case]:
@@ -119,7 +122,7 @@ def attention_cases(dtype: Any, quick: bool) -> Iterator[Case]:
                 "varlen_tile_attention",
                 f"{model}, {name}",
                 dtype,
-                lambda q=q, k=k, v=v, cu=cu: varlen_tile_attention(q, k, v, cu),
+                partial(varlen_tile_attention, q, k, v, cu),
                 attention_baselines(q, k, v, cu, lengths),
                 4 * q.numel() * q.element_size(),
                 4 * sum(length**2 for length in lengths) * heads * head_dim,
@@ -148,7 +151,7 @@ def experts_cases(dtype: Any, quick: bool) -> Iterator[Case]:
                 "grouped_experts",
                 f"Dv {width}, 12 experts, top-2, 3 x {tokens} tokens",
                 dtype,
-                lambda x=x, routed=routed, weights=weights: grouped_experts(x, *routed, *weights),
+                partial(grouped_experts, x, *routed, *weights),
                 experts_baselines(x, routed, *weights),
                 (2 * x.numel() + sum(part.numel() for part in weights)) * x.element_size(),
                 slots * 3 * 2 * width * 2 * width,
@@ -160,8 +163,8 @@ def experts_cases(dtype: Any, quick: bool) -> Iterator[Case]:
                     "route",
                     f"12 experts, top-2, 3 x {tokens} tokens",
                     dtype,
-                    lambda logits=logits, levels=levels: route(logits, levels, 2),
-                    {"torch eager": lambda logits=logits, levels=levels: lambda: eager_route(logits, levels, 2)},
+                    partial(route, logits, levels, 2),
+                    {"torch eager": partial(partial, eager_route, logits, levels, 2)},
                     logits.numel() * 4 + slots * 8,
                     0.0,
                 )
@@ -189,7 +192,7 @@ def decode_cases(dtype: Any, quick: bool) -> Iterator[Case]:
                 "add_rms_norm",
                 f"{model}, batch {batch}",
                 dtype,
-                lambda x=x, residual=residual, weight=weight: add_rms_norm(x, residual, weight, 1e-5),
+                partial(add_rms_norm, x, residual, weight, 1e-5),
                 norm_baselines(x, residual, weight, 1e-5),
                 4 * x.numel() * item,
                 0.0,
@@ -204,7 +207,7 @@ def decode_cases(dtype: Any, quick: bool) -> Iterator[Case]:
                     "rope_append",
                     f"{model}, batch {batch}, cache {length}",
                     dtype,
-                    lambda step=step: rope_append(*step, 1e4),
+                    partial(rope_append, *step, 1e4),
                     append_baselines(*step, 1e4),
                     (2 * q.numel() + 4 * k.numel()) * item,
                     0.0,
@@ -213,7 +216,7 @@ def decode_cases(dtype: Any, quick: bool) -> Iterator[Case]:
                     "decode_attention",
                     f"{model}, batch {batch}, cache {length}",
                     dtype,
-                    lambda step=step: decode_attention(step[0], step[3], step[4], step[5]),
+                    partial(decode_attention, q, k_cache, v_cache, positions),
                     decode_baselines(q, k_cache, v_cache, positions),
                     (2 * k_cache.numel() + 2 * q.numel()) * item,
                     4.0 * batch * heads * head_dim * length,
@@ -221,12 +224,13 @@ def decode_cases(dtype: Any, quick: bool) -> Iterator[Case]:
             for rows, columns in ((hidden, width), (width, hidden)):
                 for kind in ("int4", "int8"):
                     packed = pack_weight(torch.randn(rows, columns, device=DEVICE), kind)
+                    assert packed.scales is not None
                     inputs = torch.randn(batch, columns, device=DEVICE).to(dtype)
                     yield Case(
                         "weight_matmul",
                         f"{model}, {kind} [{rows}, {columns}], batch {batch}",
                         dtype,
-                        lambda inputs=inputs, packed=packed: weight_matmul(inputs, packed),
+                        partial(weight_matmul, inputs, packed),
                         linear_baselines(inputs, packed),
                         packed.codes.numel() + 2 * packed.scales.numel() + (inputs.numel() + batch * rows) * item,
                         2.0 * batch * rows * columns,
@@ -268,15 +272,17 @@ def _in_double(case: Case) -> Any:
     """The definition on the same numbers in float64, from what the case's own call holds; None where it has no such form."""
     from rsvlm_infer.ops import decode_attention, grouped_experts, varlen_tile_attention
 
-    held = case.run.__defaults__ or ()  # type: ignore[attr-defined]
+    held = case.run.args
     if case.op == "varlen_tile_attention":
         q, k, v, cu = held
         return varlen_tile_attention.varlen_tile_attention(q.double(), k.double(), v.double(), cu)
     if case.op == "grouped_experts":
-        x, routed, weights = held
-        return grouped_experts.grouped_experts(x.double(), *routed, *(part.double() for part in weights))
+        x, expert_offsets, permutation, weights, *matrices = held
+        return grouped_experts.grouped_experts(
+            x.double(), expert_offsets, permutation, weights, *(part.double() for part in matrices)
+        )
     if case.op == "decode_attention":
-        q, _, _, k_cache, v_cache, positions = held[0]
+        q, k_cache, v_cache, positions = held
         return decode_attention.decode_attention(q.double(), k_cache.double(), v_cache.double(), positions)
     return None
 

@@ -52,7 +52,7 @@ class Spec:
 
     def attributes(self) -> dict[tuple[int, ...], list[list[Any]]]:
         """What triton finds out about aligned pointers and about strides that are multiples of 16."""
-        aligned = {}
+        aligned: dict[tuple[int, ...], list[list[Any]]] = {}
         for index, (name, kind) in enumerate(self.signature().items()):
             if kind.startswith("*") or name in self.multiples or (name.endswith("stride") and name not in self.odd):
                 aligned[(index,)] = [["tt.divisibility", 16]]
@@ -129,6 +129,7 @@ def _experts(chip: int, family: str) -> Iterator[Spec]:
             ("glu", True, True, True),
             ("glu ragged", True, True, False),
             ("gelu", False, False, True),
+            ("glu level", True, False, True),
         ):
             constants = {**shared, **_blocks(up), "EVEN": even, "PERMUTED": permuted, "GATED": gated, "HAS_BIAS": not gated}
             yield Spec("experts_up", variant, dtype, chip, up_kernel, constants, up, types, multiples=("width", "hidden"))

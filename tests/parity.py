@@ -30,6 +30,12 @@ def largest_error(value: Any, reference: Any) -> float:
     return float(np.where(np.isnan(difference), np.inf, difference).max())
 
 
+def allowed_error(eager: Any, reference: Any, *, epsilon: float, factor: float = 2.0) -> float:
+    """What `assert_parity` allows, as an absolute error; its arguments are explained there."""
+    scale = float(np.abs(to_float64(reference)).max(initial=0.0))
+    return factor * largest_error(eager, reference) + epsilon * scale
+
+
 def assert_parity(implementation: Any, eager: Any, reference: Any, *, epsilon: float, factor: float = 2.0) -> None:
     """The two-times rule: an implementation may be at most `factor` as wrong as eager in the same dtype, against fp32.
 
@@ -41,12 +47,9 @@ def assert_parity(implementation: Any, eager: Any, reference: Any, *, epsilon: f
             is always allowed, because eager can be exact by luck.
         factor: 2 unless the op says otherwise, with a reason.
     """
-    scale = float(np.abs(to_float64(reference)).max(initial=0.0))
-    allowed = factor * largest_error(eager, reference) + epsilon * scale
+    allowed = allowed_error(eager, reference, epsilon=epsilon, factor=factor)
     error = largest_error(implementation, reference)
-    assert error <= allowed, (
-        f"error {error:.3e} exceeds {allowed:.3e} ({factor} x eager's plus {epsilon:.1e} of scale {scale:.3e})"
-    )
+    assert error <= allowed, f"error {error:.3e} exceeds {allowed:.3e} ({factor} x eager's plus {epsilon:.1e} of the scale)"
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:

@@ -56,7 +56,6 @@ STAGES = ("vision", "language", "reward", "texts", "delta")
 # Variants of the model, all of equal active size where experts are on: two of 256 hidden units, or one of 512.
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
-    "full-closed-gates": {},  # its gates start at 0
     "no-augmentation": {"augmentation": None},
     "no-experts": {"experts": None},
     "dense": {"experts": ExpertsConfig(num_experts=3, top_k=1, intermediate_size=512)},  # its three experts stay one network
@@ -225,8 +224,6 @@ def variants_stage(run: Run) -> None:
                     assert weight is not None
                     weight.copy_(weight[:1].expand_as(weight))
         settings = {**run.settings("language"), **run.recipe["variants"], "tied_experts": name == "dense"}
-        if name == "full-closed-gates":
-            settings["gate_start"] = 0.0
         train_language(*prepared(variant, model, settings, f"variant-{name}", low_rank))
         weights = load_file(DELTA_FOLDER / "delta.safetensors")
         weights = {key: value for key, value in weights.items() if not key.startswith(("augmentation.", "experts."))}

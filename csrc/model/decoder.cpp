@@ -63,6 +63,7 @@ struct Decoder::Step {
     std::int64_t count;
     float* logits;
     std::int32_t* best;
+    float* best_logits;
     RowKernels kernels;
     AttentionKernel attention;
 };
@@ -150,7 +151,8 @@ void Decoder::reserve(std::int64_t rows, int threads, std::int64_t capacity) {
     scratch_.assign(static_cast<std::size_t>(scratch_floats_ * threads), 0.0f);
 }
 
-void Decoder::decode(KvCache& cache, const DecodeRow* rows, std::int64_t count, float* logits, std::int32_t* best) {
+void Decoder::decode(KvCache& cache, const DecodeRow* rows, std::int64_t count, float* logits, std::int32_t* best,
+                     float* best_logits) {
     const std::lock_guard<std::mutex> lock(busy_);
     for (std::int64_t i = 0; i < count; ++i) {
         check_rows(cache, rows[i].row, rows[i].position, 1);
@@ -162,8 +164,8 @@ void Decoder::decode(KvCache& cache, const DecodeRow* rows, std::int64_t count, 
         embed(&rows[i].token, 1, x_.data() + i * stride);
         turn(rows[i].position, cosines_.data() + i * half, sines_.data() + i * half);
     }
-    const Step step{
-        cache, rows, count, logits == nullptr ? logits_.data() : logits, best, row_kernels(), attention_kernel(shape_.cache)};
+    const Step step{cache, rows,        count,         logits == nullptr ? logits_.data() : logits,
+                    best,  best_logits, row_kernels(), attention_kernel(shape_.cache)};
     parallel_region(threads, [&](int thread, int present) { run_step(step, thread, present); });
 }
 
@@ -212,6 +214,9 @@ void Decoder::write_best(const Step& step, int thread, int threads) {
             }
         }
         step.best[i] = best;
+        if (step.best_logits != nullptr) {
+            step.best_logits[i] = value;
+        }
     }
 }
 

@@ -130,14 +130,18 @@ class PyDecoder {
         return out;
     }
 
-    py::array_t<std::int32_t> decode_best(KvCache& cache, const Array<std::int64_t>& rows, const Array<std::int64_t>& positions,
-                                          const Array<std::int32_t>& token_ids) {
+    py::tuple decode_best(KvCache& cache, const Array<std::int64_t>& rows, const Array<std::int64_t>& positions,
+                          const Array<std::int32_t>& token_ids) {
         const std::vector<DecodeRow> step = step_of(rows, positions, token_ids);
         py::array_t<std::int32_t> best(rows.size());
+        py::array_t<float> logits(rows.size());
         std::int32_t* to = best.mutable_data();
-        py::gil_scoped_release release;
-        decoder_.decode(cache, step.data(), static_cast<std::int64_t>(step.size()), nullptr, to);
-        return best;
+        float* values = logits.mutable_data();
+        {
+            py::gil_scoped_release release;
+            decoder_.decode(cache, step.data(), static_cast<std::int64_t>(step.size()), nullptr, to, values);
+        }
+        return py::make_tuple(best, logits);
     }
 
   private:
@@ -346,7 +350,7 @@ void register_model(py::module_& module) {
         .def("decode", &PyDecoder::decode, py::kw_only(), py::arg("cache"), py::arg("rows"), py::arg("positions"),
              py::arg("token_ids"), "One step of tokens [n] -> logits [n, vocabulary].")
         .def("decode_best", &PyDecoder::decode_best, py::kw_only(), py::arg("cache"), py::arg("rows"), py::arg("positions"),
-             py::arg("token_ids"), "The same -> the most likely ids [n], ties to the lowest.");
+             py::arg("token_ids"), "The same -> the most likely ids [n], ties to the lowest, and their logits [n].");
     py::class_<PySceneModel>(module, "NativeSceneModel", "Everything between patches and the language model.")
         .def(py::init<const py::dict&, const Settings&>(), py::kw_only(), py::arg("weights"), py::arg("settings"))
         .def("encode", &PySceneModel::encode, py::kw_only(), py::arg("patches"), py::arg("positions"), py::arg("bounds"),

@@ -8,13 +8,14 @@ from pathlib import Path
 from ..errors import BackendError, CheckpointError, MissingDependencyError
 from ..hardware import native_why_not
 from ..models.native_package import is_native_package
-from .base import Backend, DraftingBackend, Embeddings, ImageFeatures, Prompt, Query
+from .base import Backend, DraftingBackend, Embeddings, GreedyBackend, ImageFeatures, Prompt, Query
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "DraftingBackend",
     "Embeddings",
+    "GreedyBackend",
     "ImageFeatures",
     "Prompt",
     "Query",
@@ -26,7 +27,8 @@ __all__ = [
 BACKENDS: dict[str, tuple[str, ...]] = {
     "eager": ("float32", "bfloat16", "float16"),
     "native": ("fp32", "bf16", "int8", "int4"),  # of the package that it reads; "auto" takes it for one
-    "cuda": ("bfloat16", "float16", "float32"),  # after eager, so "auto" does not choose it: no GPU has run it yet
+    # after eager, so "auto" does not choose it: no GPU has run it yet; int8 and int4: weights of the language model's layers
+    "cuda": ("bfloat16", "float16", "float32", "int8", "int4"),
 }
 
 

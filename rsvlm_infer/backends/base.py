@@ -93,3 +93,17 @@ class DraftingBackend(Protocol):
 
     def accept(self, cache: Any, counts: Sequence[int]) -> None:
         """Of the tokens of the last `decode_drafts`, the first `counts` of each row stay."""
+
+
+@runtime_checkable
+class GreedyBackend(Backend, Protocol):
+    """A backend that can also choose the most likely token where its logits are, so that only token ids cross to the host."""
+
+    def decode_greedy(self, cache: Any, token_ids: npt.NDArray[np.int32], steps: int) -> npt.NDArray[np.int32]:
+        """Feeds one token to every row, then each row's own choice `steps` - 1 times; ids int32 [B, steps]. The cache grows in place.
+
+        A choice is the highest logit's id, ties to the lowest: what the host would take from `decode`. No row stops by itself.
+
+        Raises:
+            BackendError: a best logit that is not a finite number.
+        """

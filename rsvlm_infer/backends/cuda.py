@@ -17,11 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..kernels.triton.launch import triton_why_not
+from ..errors import BackendError, InputError
 from ..knowledge.store import KnowledgeBase
 from ..layers.language_model import KvCache, LanguageModel
+from ..layers.packed_linear import pack_linears
 from ..models.load import load_checkpoint
+from ..ops.registry import OPS
+from ..ops.registry import why_not as op_why_not
 from ..ops.rms_norm import rms_norm
 from ..ops.rope import rope
 from .eager import EagerBackend
@@ -35,13 +37,24 @@ def why_not() -> str | None:
 
 
 @once
-def implementation() -> str:
-    """Of all ops that have a Triton twin: "triton", or "eager" with the reason logged once. Never "native", which is for the CPU."""
-    reason = triton_why_not()
-    if reason is None:
-        return "triton"
-    _log.warning("cuda backend: Triton kernels cannot run here (%s), using eager ops", reason)
-    return "eager"
+def triton_ops() -> frozenset[str]:
+    """Ops whose Triton twin can run here. On this backend the others run eager; every distinct reason is logged once, with its ops.
+
+    Layers come to the same choice through `auto`, which never takes "native" for tensors on a CUDA device.
+    """
+    able: set[str] = set()
+    eager: dict[str, list[str]] = {}
+    for op, names in OPS.items():
+        if "triton" not in names:
+            continue
+        reason = op_why_not(op, "triton")
+        if reason is None:
+            able.add(op)
+        else:
+            eager.setdefault(reason, []).append(op)
+    for reason, ops in eager.items():
+        _log.warning("cuda backend: Triton kernels of %s cannot run here (%s), using eager", ", ".join(ops), reason)
+    return frozenset(able)
 
 
 class CudaBackend(EagerBackend):
@@ -51,12 +64,24 @@ class CudaBackend(EagerBackend):
 
     @classmethod
     def load(cls, path: Path, precision: str) -> CudaBackend:
-        """From a checkpoint folder, onto the current CUDA device."""
-        loaded = load_checkpoint(path, dtype=precision, implementation=implementation())
+        """From a checkpoint folder, onto the current CUDA device.
+
+        "int8" and "int4" store the matrices of the language model's layers so, one scale per 32 columns; everything else, word
+        embeddings and the vision side too, is bfloat16, and so are all activations.
+
+        Raises:
+            InputError: "int8" or "int4" for a language model whose widths are no multiples of 32.
+        """
+        triton_ops()  # says once what falls back
+        packed = precision in ("int8", "int4")
+        loaded = load_checkpoint(path, dtype="bfloat16" if packed else precision, implementation="auto")
         knowledge = None if loaded.knowledge_folder is None else KnowledgeBase.load(loaded.knowledge_folder)
         if knowledge is not None and knowledge.embedder is not None:
             knowledge.require_embedder(loaded.embedder)
-        return cls(loaded.model.to("cuda"), precision, knowledge)
+        model = loaded.model.to("cuda")
+        if packed and model.language_model is not None:
+            pack_linears(model.language_model.layers, "int8" if precision == "int8" else "int4", "auto")
+        return cls(model, precision, knowledge)
 
     @torch.inference_mode()
     def prefill(self, sequences: Any, capacity: int) -> tuple[npt.NDArray[np.float32], KvCache]:
@@ -86,7 +111,7 @@ class CudaBackend(EagerBackend):
             int32 [B, steps]; ties to the lowest id. A row does not stop at an end token: the caller cuts.
 
         Raises:
-            InputError: the cache has no room for that many tokens.
+            InputError: the cache has no room for that many tokens. BackendError: a best logit that is not a finite number.
         """
         step = self._step(cache, steps)
         step.tokens.copy_(self._tensor(np.asarray(token_ids, dtype=np.int64))[:, None])
@@ -94,9 +119,13 @@ class CudaBackend(EagerBackend):
         for index in range(steps):
             step.advance()
             step.tokens.copy_(step.best)
-            chosen[:, index] = step.best[:, 0]
+            chosen[:, index] = step.chosen
         cache.lengths = cache.lengths + steps
         result: npt.NDArray[np.int32] = chosen.cpu().numpy()
+        if (result < 0).any():
+            raise BackendError(
+                "logits must be finite, got a best one that is not; the weights or this precision overflow: try float32"
+            )
         return result
 
     def _step(self, cache: KvCache, steps: int) -> DecodeStep:
@@ -137,12 +166,16 @@ class DecodeStep:
         self.positions = cache.lengths[:, None].clone()
         self.logits = torch.empty((rows, language.config.vocab_size), dtype=cache.keys.dtype, device=device)
         self.best = torch.zeros((rows, 1), dtype=torch.long, device=device)
+        self.chosen = torch.zeros(rows, dtype=torch.int32, device=device)
         self.add_norm, self.append = _fused_ops()
         self._steps = 0
         self._graph: Any = None
 
     def advance(self) -> None:
-        """`tokens` at `positions` -> `logits`, `best`; positions move on by one."""
+        """`tokens` at `positions` -> `logits`, their argmax `best`, and `chosen`: `best`, or -1 where that logit is not finite.
+
+        Positions move on by one.
+        """
         if self._graph is None and self._steps == 1 and self.tokens.is_cuda:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
@@ -171,17 +204,19 @@ class DecodeStep:
             normed, hidden = self.add_norm(layer.mlp(normed), hidden, following.weight, config.rms_norm_eps)
         self.logits.copy_(language.logits(normed[:, 0]))
         self.best.copy_(self.logits.argmax(dim=-1, keepdim=True))
+        finite = torch.isfinite(self.logits.gather(1, self.best))  # argmax finds NaN first
+        self.chosen.copy_(torch.where(finite, self.best, -1)[:, 0])
         self.positions.add_(1)
 
 
 def _fused_ops() -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
-    """(x + residual then rms_norm, rope then append to the cache), fused in Triton where it can run."""
-    if implementation() == "triton":
-        from ..kernels.triton.rms_norm import add_rms_norm
-        from ..kernels.triton.rope import rope_append
-
-        return add_rms_norm, rope_append
-    return _add_norm, _append
+    """(x + residual then rms_norm, rope then append to the cache), each fused in Triton where its op can run there."""
+    add_norm, append = _add_norm, _append
+    if "rms_norm" in triton_ops():
+        from ..kernels.triton.rms_norm import add_rms_norm as add_norm
+    if "rope" in triton_ops():
+        from ..kernels.triton.rope import rope_append as append
+    return add_norm, append
 
 
 def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -287,6 +287,21 @@ class NativeBackend:
         cache.lengths = cache.lengths + 1
         return logits
 
+    def decode_greedy(self, cache: NativeCache, token_ids: npt.NDArray[np.int32], steps: int) -> npt.NDArray[np.int32]:
+        """Feeds one token to every row, then its own choices; ids [B, steps]; see `GreedyBackend`. Logits stay where they are."""
+        language = self._language()
+        if int(cache.lengths.max()) + steps > cache.store.capacity:
+            raise InputError(f"the cache holds {cache.store.capacity} tokens a row and is full; prefill with a larger capacity")
+        chosen = np.empty((len(cache.rows), steps), np.int32)
+        fed = np.asarray(token_ids, np.int32)
+        for step in range(steps):
+            fed, best = language.decode_best(cache=cache.store, rows=cache.rows, positions=cache.lengths, token_ids=fed)
+            if not np.isfinite(best).all():
+                raise BackendError(f"the best logit must be a finite number, got {best.tolist()}; use precision fp32")
+            cache.lengths = cache.lengths + 1
+            chosen[:, step] = fed
+        return chosen
+
     def decode_drafts(self, cache: NativeCache, token_ids: Sequence[Sequence[int]]) -> list[F32]:
         """Several tokens of each row in one step; see `DraftingBackend`. Their bits are those of single steps."""
         counts = np.array([len(tokens) for tokens in token_ids], np.int64)

@@ -22,6 +22,12 @@ class DraftCounts:
     accepted: int = 0
     steps: int = 0
 
+    def record(self, drafted: int, accepted: int) -> None:
+        """One step."""
+        self.drafted += drafted
+        self.accepted += accepted
+        self.steps += 1
+
     @property
     def acceptance(self) -> float:
         """Share of guesses that came true; 0 without any."""

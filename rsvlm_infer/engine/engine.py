@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.base import Backend, DraftingBackend, Prompt
+from ..backends.base import Backend, DraftingBackend, GreedyBackend, Prompt
 from ..errors import InputError
 from .checks import check_integer
 from .choices import ChoiceTrie
@@ -32,8 +32,10 @@ class Engine:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}; raise it")
         self.backend = backend
+        self._chooser = backend if isinstance(backend, GreedyBackend) else None
         self.max_batch = max_batch
-        self.draft_tokens = draft_tokens if isinstance(backend, DraftingBackend) else 0
+        self._drafting = backend if isinstance(backend, DraftingBackend) and draft_tokens > 0 else None
+        self.draft_tokens = draft_tokens
         self.drafts = DraftCounts()
 
     def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
@@ -56,9 +58,8 @@ class Engine:
             started = time.perf_counter()
             queue_ms = (started - called) * 1e3
             logits, cache = self.backend.prefill([row.request.prompt for row in rows], capacity)  # [B, V]
-            logits_of = list(logits[:, None])  # of each row [tokens fed, V]
+            chosen = [[row.choose(logits[i])] for i, row in enumerate(rows)]
             while True:
-                chosen = [row.take(row_logits) for row, row_logits in zip(rows, logits_of, strict=True)]
                 step_ms = (time.perf_counter() - started) * 1e3
                 for row, tokens in zip(rows, chosen, strict=True):
                     for place, token_id in enumerate(tokens, start=1):
@@ -66,36 +67,35 @@ class Engine:
                         yield TokenEvent(row.index, token_id, step_ms / len(tokens), reason, queue_ms)
 
                 started = time.perf_counter()
-                self._record(rows, chosen, cache)
                 alive = [i for i, row in enumerate(rows) if row.finish_reason is None]
                 if not alive:
                     break
                 if len(alive) < len(rows):
                     cache = self.backend.keep(cache, alive)
                     rows = [rows[i] for i in alive]
-                logits_of = self._step(rows, [chosen[i][-1] for i in alive], cache)
+                chosen = self._step(rows, cache, np.array([chosen[i][-1] for i in alive], dtype=np.int32))
 
-    def _step(self, rows: Sequence[_Row], last: Sequence[int], cache: Any) -> list[npt.NDArray[np.float32]]:
-        """Feeds each row its last token, and guesses behind it; logits [tokens fed, V] of each row."""
-        free = 0 if self.draft_tokens == 0 else min(self.draft_tokens, DRAFT_ROWS // len(rows) - 1)
-        for row in rows:
-            row.guess(free)
-        backend = self.backend
-        if isinstance(backend, DraftingBackend) and any(row.draft for row in rows):
-            return backend.decode_drafts(cache, [(token, *row.draft) for token, row in zip(last, rows, strict=True)])
-        return list(backend.decode(cache, np.array(last, dtype=np.int32))[:, None])
+    def _step(self, rows: list[_Row], cache: Any, token_ids: npt.NDArray[np.int32]) -> list[list[int]]:
+        """Feeds `token_ids` [B], and guesses behind them; the next tokens of every row, one without guesses.
 
-    def _record(self, rows: Sequence[_Row], chosen: Sequence[Sequence[int]], cache: Any) -> None:
-        """Counts which guesses came true, and makes the cache as long as the rows."""
-        if not any(row.draft for row in rows):
-            return
-        assert isinstance(self.backend, DraftingBackend)
-        self.backend.accept(cache, [len(tokens) for tokens in chosen])
-        self.drafts.steps += 1
-        for row, tokens in zip(rows, chosen, strict=True):
-            self.drafts.drafted += len(row.draft)
-            self.drafts.accepted += len(tokens) - 1
-            row.drafter.record(len(row.draft), len(tokens) - 1)
+        When all rows are greedy and the backend can, logits stay where they are. One step per call: a row may end at any token, and a
+        step after its end costs more than reading a few ids.
+        """
+        if self._drafting is not None:
+            free = min(self.draft_tokens, DRAFT_ROWS // len(rows) - 1)
+            drafts = [row.guess(free) for row in rows]
+            if any(drafts):
+                fed = [(int(token), *draft) for token, draft in zip(token_ids, drafts, strict=True)]
+                checked = self._drafting.decode_drafts(cache, fed)  # [1 + guesses, V] of each row
+                taken = [row.take(own, draft) for row, own, draft in zip(rows, checked, drafts, strict=True)]
+                self._drafting.accept(cache, [len(tokens) for tokens in taken])
+                self.drafts.record(sum(map(len, drafts)), sum(map(len, taken)) - len(taken))
+                return taken
+        if self._chooser is not None and all(row.request.greedy for row in rows):
+            ids = self._chooser.decode_greedy(cache, token_ids, 1)[:, 0]
+            return [[row.accept(int(token_id))] for row, token_id in zip(rows, ids, strict=True)]
+        logits = self.backend.decode(cache, token_ids)  # [B, V]
+        return [[row.choose(logits[i])] for i, row in enumerate(rows)]
 
     def score_choices(self, prompt: Prompt, choices: Sequence[Sequence[int]]) -> ChoiceScores:
         """Mean log-probability per token of each choice after one prompt, by teacher forcing.
@@ -184,26 +184,29 @@ class _Row:
         self.generator = np.random.default_rng(request.seed)
         self.node = None if request.allowed is None else ChoiceTrie(request.allowed).root
         self.drafter = Drafter(request.token_ids.tolist(), request.hints)
-        self.draft: tuple[int, ...] = ()
 
-    def guess(self, count: int) -> None:
-        """Sets `draft`: at most `count` tokens, none that the row has no room for."""
-        left = self.request.max_new_tokens - self.count - 1
-        self.draft = self.drafter.guess(min(count, left)) if count > 0 else ()
+    def guess(self, count: int) -> tuple[int, ...]:
+        """At most `count` guesses, none that the row has no room for."""
+        return self.drafter.guess(min(count, self.request.max_new_tokens - self.count - 1)) if count > 0 else ()
 
-    def take(self, logits: npt.NDArray[np.float32]) -> list[int]:
+    def take(self, logits: npt.NDArray[np.float32], draft: tuple[int, ...]) -> list[int]:
         """Chooses from logits [1 + guesses, V] of the last token and of `draft`, as long as guesses come true."""
         tokens = [self.choose(logits[0])]
-        for guess, following in zip(self.draft, logits[1:], strict=False):
+        for guess, following in zip(draft, logits[1:], strict=True):
             if self.finish_reason is not None or tokens[-1] != guess:
                 break
             tokens.append(self.choose(following))
+        self.drafter.record(len(draft), len(tokens) - 1)
         return tokens
 
     def choose(self, logits: npt.NDArray[np.float32]) -> int:
-        """The next token id from logits [V]; sets `finish_reason` when it is the last one."""
+        """The next token id from logits [V]; see `accept`."""
         request = self.request
-        token_id = choose_token(logits, request.temperature, request.top_p, self.generator, self._allowed_ids())
+        return self.accept(choose_token(logits, request.temperature, request.top_p, self.generator, self._allowed_ids()))
+
+    def accept(self, token_id: int) -> int:
+        """Takes this token as the row's next one and gives it back; sets `finish_reason` when it is the last one."""
+        request = self.request
         self.count += 1
         self.drafter.add(token_id)
         if self.node is not None:

@@ -63,6 +63,11 @@ class Request:
                 )
 
     @property
+    def greedy(self) -> bool:
+        """Whether every token is the most likely one of the whole vocabulary: nothing drawn, nothing left out."""
+        return self.temperature == 0 and self.allowed is None
+
+    @property
     def prompt(self) -> Prompt:
         """What a backend has to prefill."""
         return Prompt(self.token_ids, self.images)

@@ -27,6 +27,7 @@ class Experts(nn.Module):
         self.config = config
         self.route = resolve("route", implementation)
         self.grouped_experts = resolve("grouped_experts", implementation)
+        self.level_experts = resolve("level_experts", implementation)
         experts, hidden = config.num_experts, config.intermediate_size
         self.levels = nn.ModuleList(LevelRouter(vision_size, experts // len(LEVELS)) for _ in LEVELS)
         glu, affine = config.kind == "glu_silu", config.kind == "affine"
@@ -42,20 +43,27 @@ class Experts(nn.Module):
         levels = [level for level in self.levels if isinstance(level, LevelRouter)]
         normed = [level.norm(x) for level, x in zip(levels, features, strict=True)]
         stacked = torch.cat(normed)  # [3·S, Dv]
-        logits = stacked.new_zeros((stacked.shape[0], self.config.num_experts), dtype=torch.float32)
-        for index, (level, x) in enumerate(zip(levels, normed, strict=True)):
-            rows = slice(index * tokens, (index + 1) * tokens)
-            # fp32: near-ties between experts must not flip with the model's precision
-            logits[rows, index * group : (index + 1) * group] = x.float() @ level.router.weight.float().T
-        level_offsets = torch.arange(len(LEVELS) + 1, device=base.device) * tokens
-        expert_offsets, permutation, weights = self.route(logits, level_offsets, self.config.top_k)
-        mixed = self.grouped_experts(
-            stacked, expert_offsets, permutation, weights, self.w_gate, self.w_up, self.w_down, self.b_up, self.b_down
-        )
+        level_offsets = torch.arange(len(LEVELS) + 1, dtype=torch.int32, device=base.device) * tokens
+        weights = (self.w_gate, self.w_up, self.w_down, self.b_up, self.b_down)
+        if group == 1:  # the level is the choice: its weight is 1 whatever the router says
+            mixed = self.level_experts(stacked, level_offsets, *weights)
+        else:
+            logits = self._logits(levels, normed)  # [3·S, E]
+            mixed = self.grouped_experts(stacked, *self.route(logits, level_offsets, self.config.top_k), *weights)
         out = base
         for level, part in zip(levels, mixed.view(len(LEVELS), tokens, mixed.shape[-1]), strict=True):
             out = out + torch.tanh(level.gate) * part
         return out
+
+    def _logits(self, levels: list[LevelRouter], normed: list[Tensor]) -> Tensor:
+        """Three LN H_l [S, Dv] -> [3·S, E]; a level's rows have numbers only in the columns of its group."""
+        tokens, group = normed[0].shape[0], self.config.num_experts // len(LEVELS)
+        logits = normed[0].new_zeros((len(levels) * tokens, self.config.num_experts), dtype=torch.float32)
+        for index, (level, x) in enumerate(zip(levels, normed, strict=True)):
+            rows = slice(index * tokens, (index + 1) * tokens)
+            # fp32: near-ties between experts must not flip with the model's precision
+            logits[rows, index * group : (index + 1) * group] = x.float() @ level.router.weight.float().T
+        return logits
 
 
 def _weights(experts: int, rows: int, columns: int) -> nn.Parameter:

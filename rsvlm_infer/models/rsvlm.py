@@ -18,7 +18,8 @@ from ..layers.vision_encoder import VisionEncoder
 class RsvlmModel(nn.Module):
     """Parts that the config leaves out do not exist here: no weights, no work.
 
-    `implementation` of the ops ("eager", "auto" or a named one) is chosen once, here, through the registry.
+    `implementation` of the ops ("eager", "auto" or a named one) is chosen once, here, through the registry; what "auto" means for
+    an op is decided by the device of its tensors, so the model may move afterwards.
     """
 
     def __init__(self, config: RsvlmConfig, implementation: str = "eager") -> None:

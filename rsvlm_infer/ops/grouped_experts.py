@@ -37,12 +37,25 @@ def grouped_experts(
         if stop > start:
             chosen = permutation[start:stop].long()
             rows = x[chosen // k]  # [n_e, D]
-            hidden = rows if w_up is None else F.linear(rows, w_up[expert], None if b_up is None else b_up[expert])  # [n_e, F]
-            if w_gate is not None:
-                hidden = F.silu(rows @ w_gate[expert].T) * hidden
-            elif w_up is not None:
-                hidden = F.gelu(hidden)
-            out = F.linear(hidden, w_down[expert], None if b_down is None else b_down[expert])
+            out = expert_forward(rows, expert, w_gate, w_up, w_down, b_up, b_down)
             slots[chosen] = out.to(slots.dtype)  # autocast may compute in a narrower type than x has
     combined = (slots.view(-1, k, x.shape[1]).float() * weights[..., None]).sum(dim=1)
     return combined.to(x.dtype)
+
+
+def expert_forward(
+    rows: Tensor,
+    expert: int,
+    w_gate: Tensor | None,
+    w_up: Tensor | None,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+) -> Tensor:
+    """One expert on its rows: [n, D] -> [n, D]. The weights are those of all experts, as in `grouped_experts`."""
+    hidden = rows if w_up is None else F.linear(rows, w_up[expert], None if b_up is None else b_up[expert])  # [n, F]
+    if w_gate is not None:
+        hidden = F.silu(rows @ w_gate[expert].T) * hidden
+    elif w_up is not None:
+        hidden = F.gelu(hidden)
+    return F.linear(hidden, w_down[expert], None if b_down is None else b_down[expert])

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from ..errors import BackendError
@@ -26,11 +26,15 @@ OPS: dict[str, tuple[str, ...]] = {
     "varlen_tile_attention": ("triton", "native"),
     "route": ("triton", "native"),
     "grouped_experts": ("triton", "native"),
+    "level_experts": ("triton", "native"),
     "rms_norm": ("triton", "native"),
     "rope": ("triton", "native"),
     "decode_attention": ("triton", "native"),
     "weight_matmul": ("triton", "native"),
 }
+# implementation -> the kind of device whose tensors it is made for; eager takes all. Triton's interpreter reads CPU tensors too, but
+# as a proof that is asked for by name, never as a choice.
+SERVES: dict[str, str] = {"triton": "cuda", "native": "cpu"}
 
 
 def why_not(op: str, implementation: str) -> str | None:
@@ -55,7 +59,8 @@ def why_not(op: str, implementation: str) -> str | None:
 def resolve(op: str, implementation: str = "auto") -> Callable[..., Any]:
     """The function that computes `op`.
 
-    `auto` takes the first implementation that can run and logs once why a preferred one cannot; a named one holds or raises.
+    A named implementation holds or raises. `auto` is decided by where the tensors are, see `choose`: the function looks at the
+    device of its first argument at every call, so it stays right when a model moves after it was built.
 
     Raises:
         BackendError: unknown names, or a named implementation that cannot run here.
@@ -65,13 +70,43 @@ def resolve(op: str, implementation: str = "auto") -> Callable[..., Any]:
         if reason is not None:
             raise BackendError(f"implementation {implementation!r} of {op} cannot run here: {reason}; use 'eager' or 'auto'")
         return _function(op, implementation)
-    for name in OPS.get(op, ()):
+    why_not(op, "eager")  # raises for an unknown op
+    if all(SERVES[name] == "cpu" for name in OPS[op]):  # its arguments may be arrays, which know no device
+        return choose(op, "cpu")
+    return partial(_by_device, op)
+
+
+@cache
+def choose(op: str, device: str) -> Callable[..., Any]:
+    """What `auto` means for tensors on a kind of device: the first implementation that serves it and can run, else eager.
+
+    Logs once per op and device why a preferred one cannot run. Knows no dtype: a twin that lacks one says so when it is called.
+
+    Args:
+        device: a torch device type, such as "cpu" or "cuda".
+
+    Raises:
+        BackendError: an unknown op.
+    """
+    why_not(op, "eager")  # raises for an unknown op
+    reasons = []
+    chosen = "eager"
+    for name in OPS[op]:
+        if SERVES[name] != device:
+            continue
         reason = why_not(op, name)
         if reason is None:
-            return _function(op, name)
-        _log.info("%s: %s cannot run here (%s), using eager", op, name, reason)
-    why_not(op, "eager")  # raises for an unknown op
-    return _function(op, "eager")
+            chosen = name
+            break
+        reasons.append(f"{name} cannot run here ({reason})")
+    if reasons:
+        _log.info("%s: %s, using %s", op, ", ".join(reasons), chosen)
+    return _function(op, chosen)
+
+
+def _by_device(op: str, first: Any, *others: Any, **named: Any) -> Any:
+    """Every op that has a twin for a device takes a tensor first."""
+    return choose(op, first.device.type)(first, *others, **named)
 
 
 def _module(op: str, implementation: str) -> Any:

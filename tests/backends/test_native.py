@@ -156,11 +156,12 @@ def test_threads_do_not_change_a_bit(languages: dict[str, NativeBackend], precis
         backend.forget()
         tokens = backend.encode([scene])[0].handle.tokens
         logits, cache = backend.prefill(prompts, 320)
-        best = backend._decoder.decode_best(
+        best, values = backend._decoder.decode_best(
             cache=cache.store, rows=cache.rows, positions=cache.lengths, token_ids=np.array([4, 5, 6], np.int32)
         )
         step = backend.decode(cache, np.array([4, 5, 6], np.int32))
         np.testing.assert_array_equal(best, step.argmax(axis=1))
+        np.testing.assert_array_equal(values, step.max(axis=1))
         return [tokens, logits, step, best]
 
     with threads(1):

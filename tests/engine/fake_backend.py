@@ -143,3 +143,19 @@ class FakeBackend:
             else:
                 logits[i] = script[len(row) - self.start[i]]
         return logits
+
+
+@dataclass
+class GreedyFakeBackend(FakeBackend):
+    """The same model, which can also choose tokens itself."""
+
+    chosen: list[int] = field(default_factory=list)  # rows of each call
+
+    def decode_greedy(self, cache: FakeCache, token_ids: npt.NDArray[np.int32], steps: int) -> npt.NDArray[np.int32]:
+        ids = []
+        for _ in range(steps):
+            token_ids = super().decode(cache, token_ids).argmax(axis=1).astype(np.int32)
+            self.decodes.pop()
+            self.chosen.append(len(cache.rows))
+            ids.append(token_ids)
+        return np.stack(ids, axis=1)

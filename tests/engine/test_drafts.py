@@ -101,4 +101,4 @@ def test_a_backend_without_drafts_gets_none() -> None:
 
     backend = FakeBackend()
     assert not isinstance(backend, DraftingBackend)
-    assert Engine(backend).draft_tokens == 0
+    assert _tokens(Engine(backend), [Request(np.array([1, 2, 1, 2, 1], np.int32), max_new_tokens=4)])[1] == ["length"]

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rsvlm_infer.backends.base import ImageFeatures, Prompt
+from rsvlm_infer.backends.base import GreedyBackend, ImageFeatures, Prompt
 from rsvlm_infer.engine import Engine, Request, TokenEvent
 from rsvlm_infer.engine.choices import ChoiceTrie
 from rsvlm_infer.errors import InputError
-from tests.engine.fake_backend import EOS, IMAGE, VOCAB, FakeBackend, fake_config
+from tests.engine.fake_backend import EOS, IMAGE, VOCAB, FakeBackend, GreedyFakeBackend, fake_config
 
 
 def request(*ids: int, **changes: Any) -> Request:
@@ -52,6 +52,40 @@ def test_more_requests_than_a_batch_run_one_batch_after_the_other() -> None:
     events = list(Engine(backend, max_batch=2).generate([request(5), request(6), request(7)]))
     assert [tokens(events, index) for index in range(3)] == [[6, 7, 0], [7, 0], [0]]
     assert backend.prefills == [2, 1]
+
+
+def outcome(events: list[TokenEvent]) -> list[tuple[int, int, str | None]]:
+    return [(event.request_index, event.token_id, event.finish_reason) for event in events]
+
+
+def test_greedy_requests_take_ids_from_a_backend_that_chooses() -> None:
+    seen: list[int] = []
+
+    def requests() -> list[Request]:
+        watched = request(1, on_token=lambda token_id: bool(seen.append(token_id)) or token_id == 4)
+        return [request(9, 9, 5), watched, request(3, 2, max_new_tokens=2), request(6, seed=3, top_p=0.5)]
+
+    backend, plain = GreedyFakeBackend(), FakeBackend()
+    assert isinstance(backend, GreedyBackend)
+    assert not isinstance(plain, GreedyBackend)
+    events = list(Engine(backend).generate(requests()))
+    watched, seen[:] = list(seen), []
+    assert outcome(events) == outcome(list(Engine(plain).generate(requests())))
+    assert watched == seen == [2, 3, 4]
+    assert all(event.step_ms > 0 for event in events)
+    assert (backend.decodes, backend.chosen, plain.decodes) == ([], [4, 2], [4, 2])
+
+
+@pytest.mark.parametrize("other", [{"temperature": 0.7}, {"allowed": ((2, 3), (2, 4)), "max_new_tokens": 2}])
+def test_a_batch_with_another_kind_of_request_takes_logits_until_that_one_ends(other: dict[str, Any]) -> None:
+    requests = [request(3), request(1, **({"max_new_tokens": 3} | other))]
+    backend = GreedyFakeBackend()
+    events = list(Engine(backend).generate(requests))
+    assert tokens(events, 0) == [4, 5, 6, 7, EOS]
+    assert tokens(events, 1) == tokens(list(Engine(FakeBackend()).generate([requests[1]])), 0)
+    together = len(tokens(events, 1)) - 1
+    assert backend.decodes == [2] * together
+    assert backend.chosen == [1] * (4 - together)
 
 
 class Clock:

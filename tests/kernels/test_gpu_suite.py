@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -51,3 +52,22 @@ def test_experts_baselines_equal_the_definition(repository: Path, monkeypatch: p
     makers = experts_baselines(x, routed, gate, up, random_tensor(4, 6, 32, 64, dtype=torch.bfloat16) * 0.2)
     torch.testing.assert_close(makers["torch._grouped_mm"]()(), makers["eager loop"]()(), atol=0.02, rtol=0.02)
     assert makers["dense ffn of equal flop"]()().shape == (60, 32)
+
+
+def test_the_reference_in_double_is_the_definition_on_the_arguments_of_each_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu_suite
+    from rsvlm_infer.kernels.triton import route as triton_route
+
+    monkeypatch.setattr(gpu_suite, "DEVICE", "cpu")
+    monkeypatch.setattr(triton_route, "route", route)  # routing happens before a case exists
+    seen = set()
+    for op in gpu_suite.OPS:
+        for case in itertools.islice(gpu_suite.CASES[op](torch.float32, True), 3):
+            reference = gpu_suite._in_double(case)
+            if reference is None or case.op in seen:
+                continue
+            seen.add(case.op)
+            name = {"varlen_tile_attention": "sdpa loop", "grouped_experts": "eager loop"}.get(case.op, "torch eager")
+            assert reference.dtype is torch.float64
+            torch.testing.assert_close(case.baselines[name]()().double(), reference, atol=1e-4, rtol=1e-4)
+    assert seen == {"varlen_tile_attention", "grouped_experts", "decode_attention"}

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsvlm_infer.errors import InputError
-from rsvlm_infer.kernels.triton.grouped_experts import grouped_experts, level_experts
+from rsvlm_infer.kernels.triton.grouped_experts import grouped_experts
+from rsvlm_infer.kernels.triton.level_experts import level_experts
 from rsvlm_infer.ops.grouped_experts import grouped_experts as eager
+from rsvlm_infer.ops.level_experts import level_experts as eager_level
 from rsvlm_infer.ops.route import route
 from tests.kernels.triton_cases import DTYPES, EPSILON, prefix_sums, random_tensor
 from tests.parity import assert_parity, assert_same_bits
@@ -67,10 +69,15 @@ def test_awkward_routings(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_level_experts_need_no_routing(kind: str, dtype: torch.dtype, device: torch.device) -> None:
-    tokens = [33, 0, 13]
+    tokens, offsets = [33, 0, 13], prefix_sums([33, 0, 13], device)
     x, weights = random_tensor(0, 46, 48, dtype=dtype, device=device), _weights(kind, 3, 48, 40, dtype, device)
-    routed = _routed(tokens, 3, 1, device)
-    assert_same_bits(level_experts(x, prefix_sums(tokens, device), *weights), _check(x, routed, weights))
+    actual = level_experts(x, offsets, *weights)
+    assert_same_bits(actual, _check(x, _routed(tokens, 3, 1, device), weights))
+    wide = [None if part is None else part.double() for part in weights]
+    assert_parity(actual, eager_level(x, offsets, *weights), eager_level(x.double(), offsets, *wide), epsilon=EPSILON[dtype])
+    # the first row of its level: numpy, which multiplies in the interpreter, may sum in another order at another row of a block
+    assert_same_bits(level_experts(x[33:34], prefix_sums([0, 0, 1], device), *weights), actual[33:34])
+    assert level_experts(x[:0], prefix_sums([0, 0, 0], device), *weights).shape == (0, 48)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,5 +126,9 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
         grouped_experts(x, *routed, gate, down, down)
     with pytest.raises(InputError, match="must be given with w_gate"):
         grouped_experts(x, *routed, torch.zeros(2, 32, 32, device=device), None, torch.zeros(2, 32, 32, device=device))
-    with pytest.raises(InputError, match="must have x's dtype"):
+    with pytest.raises(InputError, match="of grouped_experts must have x's dtype"):
         grouped_experts(x, *routed, gate, up, down.half())
+    with pytest.raises(InputError, match="of level_experts must have x's dtype"):
+        level_experts(x, prefix_sums([4, 0], device), gate, up, down.half())
+    with pytest.raises(InputError, match=r"level_offsets of level_experts must have shape \[3\], got \[2\]"):
+        level_experts(x, prefix_sums([4], device), gate, up, down)

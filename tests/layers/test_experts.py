@@ -64,6 +64,27 @@ def test_formula_token_by_token(kind: str, experts: int, top_k: int) -> None:
     torch.testing.assert_close(module(features[2], features), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["glu_silu", "gelu_mlp", "affine"])
+def test_groups_of_one_are_not_routed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as with routing, and neither the router's op nor its weights are touched."""
+    module, features = made(kind, 3, 1)
+    stacked = torch.cat([level.norm(x) for level, x in zip(module.levels, features, strict=True)])
+    routed = module.route(torch.zeros(3 * TOKENS, 3), torch.arange(4) * TOKENS, 1)
+    mixed = module.grouped_experts(stacked, *routed, module.w_gate, module.w_up, module.w_down, module.b_up, module.b_down)
+    wanted = features[2]
+    for level, part in zip(module.levels, mixed.view(3, TOKENS, WIDTH), strict=True):
+        wanted = wanted + torch.tanh(level.gate) * part
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("nothing may be routed in groups of one")
+
+    monkeypatch.setattr(module, "route", never)
+    monkeypatch.setattr(module, "grouped_experts", never)
+    for level in module.levels:
+        level.router.weight.fill_(torch.nan)
+    torch.testing.assert_close(module(features[2], features), wanted, atol=1e-6, rtol=1e-6)
+
+
 def test_closed_gates_change_nothing() -> None:
     module, features = made(gate=0.0)
     assert torch.equal(module(features[2], features), features[2])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from rsvlm_infer.config import AlignmentConfig  # noqa: E402
+from rsvlm_infer.config import AlignmentConfig, ExpertsConfig  # noqa: E402
 from rsvlm_infer.models.rsvlm import RsvlmModel  # noqa: E402
 from rsvlm_infer.ops import registry  # noqa: E402
 from tests.models.tiny import FULL, PLAIN, random_model  # noqa: E402
@@ -62,7 +63,25 @@ def test_text_comes_from_the_named_part() -> None:
     assert torch.equal(from_encoder.embed_text(ids, lengths), expected)
 
 
-def test_every_op_of_the_model_comes_from_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fresh_choices() -> Iterator[None]:
+    """What a test chooses with stand-ins is forgotten after it."""
+    registry.resolve.cache_clear()
+    registry.choose.cache_clear()
+    yield
+    registry.resolve.cache_clear()
+    registry.choose.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_choices")
+@pytest.mark.parametrize(
+    ("experts", "chosen"),
+    [(FULL.experts, {"route", "grouped_experts"}), (ExpertsConfig(3, 1, 12), {"level_experts"})],
+    ids=["groups of two", "groups of one"],
+)
+def test_every_op_of_the_model_comes_from_the_registry(
+    experts: ExpertsConfig, chosen: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     called = set()
     real_module = registry._module
 
@@ -80,18 +99,16 @@ def test_every_op_of_the_model_comes_from_the_registry(monkeypatch: pytest.Monke
         def why_not() -> None:
             return None
 
-    ops = ("varlen_tile_attention", "route", "grouped_experts", "rms_norm", "rope", "decode_attention")
+    ops = {"varlen_tile_attention", "rms_norm", "rope", "decode_attention", *chosen}
+    config = dataclasses.replace(FULL, experts=experts)
     monkeypatch.setattr(registry, "OPS", dict.fromkeys(registry.OPS, ("noting",)))
     monkeypatch.setattr(registry, "_module", lambda op, name: Twin(op) if name == "noting" else real_module(op, name))
-    registry.resolve.cache_clear()
-    try:
-        eager, noting = RsvlmModel(FULL), RsvlmModel(FULL, "auto")
-    finally:
-        registry.resolve.cache_clear()
+    monkeypatch.setattr(registry, "SERVES", {"noting": "cpu"})
+    eager, noting = RsvlmModel(config), RsvlmModel(config, "auto")
     noting.load_state_dict(eager.state_dict())
     outputs = []
     for model in (eager, noting):
         augmented = model.augmentation(TAPS, [[torch.ones(1, 6)] * 3], [torch.ones(1, 16)], torch.tensor([0, 9]))  # type: ignore[misc]
         outputs.append((model.bridge(TAPS, augmented), model.text_states(torch.tensor([[3, 4]]), torch.tensor([2]))))
-        assert called == (set() if model is eager else set(ops))
+        assert called == (set() if model is eager else ops)
     assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))

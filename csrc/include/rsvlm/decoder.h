@@ -78,9 +78,10 @@ class Decoder {
     // [count, hidden] -> [count, vocabulary].
     void logits(const float* states, std::int64_t count, float* out);
 
-    // One step: logits [count, vocabulary] unless null, and the most likely ids [count] (ties to the lowest) unless null. One
-    // parallel region; no memory is allocated once a step of as many rows has run.
-    void decode(KvCache& cache, const DecodeRow* rows, std::int64_t count, float* logits, std::int32_t* best);
+    // One step: logits [count, vocabulary] unless null, and the most likely ids [count] (ties to the lowest) with their logits
+    // [count] unless null. One parallel region; no memory is allocated once a step of as many rows has run.
+    void decode(KvCache& cache, const DecodeRow* rows, std::int64_t count, float* logits, std::int32_t* best,
+                float* best_logits = nullptr);
 
   private:
     struct Layer {

@@ -1,6 +1,6 @@
 """grouped_experts on CUDA: gate, up and activation in one launch, down in a second, the weighted sum of slots in a third.
 
-With one expert per token there is no third launch; rows that are sorted by level already (`level_experts`) need no routing at all.
+With one expert per token there is no third launch; rows that are sorted by level already (`level_experts.py`) need no permutation.
 """
 
 from __future__ import annotations
@@ -40,35 +40,12 @@ def grouped_experts(
     check_shape("grouped_experts", "weights", weights, (x.shape[0], None))
     check_shape("grouped_experts", "permutation", permutation, (weights.numel(),))
     check_on_device("grouped_experts", x=x, expert_offsets=expert_offsets, permutation=permutation, weights=weights)
-    return _experts(x, expert_offsets, permutation, weights.float().contiguous(), w_gate, w_up, w_down, b_up, b_down)
+    factors = weights.float().contiguous()
+    return launch_experts("grouped_experts", x, expert_offsets, permutation, factors, w_gate, w_up, w_down, b_up, b_down)
 
 
-def level_experts(
-    x: Tensor,
-    level_offsets: Tensor,
-    w_gate: Tensor | None,
-    w_up: Tensor | None,
-    w_down: Tensor,
-    b_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-) -> Tensor:
-    """Groups of one expert, where the level is the choice: `grouped_experts` of `route(...)` without routing and without weights.
-
-    Args:
-        x: [N, D], rows sorted by level. level_offsets: [L + 1] int, level_offsets[L] = N. The weights: as in `grouped_experts`, E = L.
-
-    Returns:
-        [N, D] in x's dtype.
-
-    Raises:
-        InputError: as `grouped_experts`.
-    """
-    check_shape("level_experts", "x", x, (None, None))
-    check_on_device("level_experts", x=x, level_offsets=level_offsets)
-    return _experts(x, level_offsets, None, None, w_gate, w_up, w_down, b_up, b_down)
-
-
-def _experts(
+def launch_experts(
+    op: str,
     x: Tensor,
     expert_offsets: Tensor,
     permutation: Tensor | None,
@@ -79,7 +56,11 @@ def _experts(
     b_up: Tensor | None,
     b_down: Tensor | None,
 ) -> Tensor:
-    op = "grouped_experts"
+    """The launches that both ops share; `op` is for messages. permutation and weights None: rows are sorted, one expert each.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit, or tensors on another device.
+    """
     (tokens, width), experts = x.shape, w_down.shape[0]
     check_shape(op, "expert_offsets", expert_offsets, (experts + 1,))
     check_shape(op, "w_down", w_down, (experts, width, None if w_up is not None else width))

@@ -82,7 +82,9 @@ inline void copy_as_float(const T* from, std::int64_t count, std::int64_t width,
         store(to + i, load_float(from + i));
     }
     for (; i < count; ++i) {
-        to[i] = to_float(from[i]);
+        T value;  // copied, because pairs of bfloat16 come as floats from any even address
+        std::memcpy(&value, from + i, sizeof(value));
+        to[i] = to_float(value);
     }
     for (; i < width; ++i) {
         to[i] = 0.0f;
@@ -217,7 +219,9 @@ inline __attribute__((always_inline)) void multiply_tile(const std::uint32_t* a,
         }
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) {
-            const Vec value = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(a[r * row_stride + k * step])));
+            int pair;  // copied, because a row of bfloat16 may start at any even address
+            std::memcpy(&pair, a + r * row_stride + k * step, sizeof(pair));
+            const Vec value = _mm512_castsi512_ps(_mm512_set1_epi32(pair));
 #pragma GCC unroll 4
             for (int n = 0; n < Vectors; ++n) {
                 sums[r][n] = dot_pairs(sums[r][n], value, lanes[n]);
