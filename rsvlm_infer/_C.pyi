@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,3 +109,58 @@ def decode_attention(
 def cue_search(
     *, visual: NDArray[np.float32], query: NDArray[np.float32] | None, entries: NDArray[np.uint16], k: int, beta: float
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]: ...
+
+class KvCache:
+    @property
+    def rows(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    def copy_row(self, *, source: KvCache, source_row: int, row: int, length: int) -> None: ...
+
+class NativeDecoder:
+    def __init__(
+        self,
+        *,
+        weights: Mapping[str, tuple[str, int, int, NDArray[np.uint8]]],
+        settings: Mapping[str, float],
+        frequencies: NDArray[np.float32],
+        cache: str,
+    ) -> None: ...
+    def cache(self, *, rows: int, capacity: int) -> KvCache: ...
+    def embed(self, *, token_ids: NDArray[np.int32]) -> NDArray[np.float32]: ...
+    def prefill(
+        self,
+        *,
+        cache: KvCache,
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        embeddings: NDArray[np.float32],
+    ) -> NDArray[np.float32]: ...
+    def logits(self, *, states: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def decode(
+        self, *, cache: KvCache, rows: NDArray[np.int64], positions: NDArray[np.int64], token_ids: NDArray[np.int32]
+    ) -> NDArray[np.float32]: ...
+    def decode_best(
+        self, *, cache: KvCache, rows: NDArray[np.int64], positions: NDArray[np.int64], token_ids: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
+
+class NativeSceneModel:
+    def __init__(
+        self, *, weights: Mapping[str, tuple[str, int, int, NDArray[np.uint8]]], settings: Mapping[str, float]
+    ) -> None: ...
+    def encode(
+        self, *, patches: NDArray[np.float32], positions: NDArray[np.float32], bounds: Sequence[int]
+    ) -> list[NDArray[np.float32]]: ...
+    def align(
+        self, *, taps: Sequence[NDArray[np.float32]], scene_class_token: NDArray[np.float32], bounds: Sequence[int]
+    ) -> list[NDArray[np.float32]]: ...
+    def embed_states(self, *, states: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def bridge(
+        self,
+        *,
+        taps: Sequence[NDArray[np.float32]],
+        cues: Sequence[NDArray[np.float32]],
+        query: NDArray[np.float32],
+    ) -> NDArray[np.float32]: ...
+    def project(self, *, features: NDArray[np.float32], grids: Sequence[Sequence[int]]) -> NDArray[np.float32]: ...

@@ -12,11 +12,12 @@ from rsvlm_infer.models.load import load_checkpoint
 
 from .calibrate import caption_images, find_images, watch
 from .linears import model_weights
+from .native import export_native
 from .onnx.parts import Precision
 from .package import Plan, refuse_existing, write_package
 from .quantize import quantize, wants_hessian
 
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "native")
 # at 64 visual tokens, prompt and caption some 7,000 rows: compensation needs several for each of a layer's inputs
 CALIBRATION_IMAGES = 64
 STORED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -37,7 +38,7 @@ def export_checkpoint(
 
     Args:
         checkpoint: a folder of any supported layout. target: the package's folder.
-        precision: one of `PRECISIONS`. report: takes one line per step.
+        format: "onnx", or "native" for the C++ runtime (no fp16). precision: one of `PRECISIONS`. report: takes one line per step.
         calibrate: for int8 and int4: an image, a folder of images, or RSICD's folder, of which the train split is taken; at most
             `calibration_images` of them are captioned in float32.
 
@@ -51,6 +52,13 @@ def export_checkpoint(
         raise InputError(f"--format must be one of {list(FORMATS)}, got {format!r}; choose one of them")
     if precision not in PRECISIONS:
         raise InputError(f"--precision must be one of {list(PRECISIONS)}, got {precision!r}; choose one of them")
+    if format == "native":
+        if calibrate is not None:
+            raise InputError(
+                "--calibrate must be left out for --format native, which rounds without images; leave it out, or use onnx"
+            )
+        report(f"laying out weights at {precision}")
+        return export_native(checkpoint, target, precision, overwrite=overwrite)
     images = _calibration_images(precision, calibrate, calibration_images)
     refuse_existing(target, overwrite)  # before minutes of calibration
     loaded = load_checkpoint(checkpoint)

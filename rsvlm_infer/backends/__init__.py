@@ -7,14 +7,28 @@ from pathlib import Path
 
 from ..contract import PRECISIONS
 from ..errors import BackendError, MissingDependencyError
+from ..hardware import native_why_not
+from ..models.native_package import is_native_package, read_manifest
 from ..models.package import Package, is_package
-from .base import Backend, Embeddings, GreedyBackend, ImageFeatures, Prompt, Query
+from .base import Backend, DraftingBackend, Embeddings, GreedyBackend, ImageFeatures, Prompt, Query
 
-__all__ = ["BACKENDS", "Backend", "Embeddings", "GreedyBackend", "ImageFeatures", "Prompt", "Query", "load_backend", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "DraftingBackend",
+    "Embeddings",
+    "GreedyBackend",
+    "ImageFeatures",
+    "Prompt",
+    "Query",
+    "load_backend",
+    "why_not",
+]
 
 # Backend -> precisions, in order of preference. Preference is data; capability is why_not().
 BACKENDS: dict[str, tuple[str, ...]] = {
     "eager": ("float32", "bfloat16", "float16"),
+    "native": ("fp32", "bf16", "int8", "int4"),  # of the package that it reads; "auto" takes it for one
     # after eager, so "auto" does not choose it: no GPU has run it yet; int8 and int4: weights of the language model's layers
     "cuda": ("bfloat16", "float16", "float32", "int8", "int4"),
     "onnx": PRECISIONS,  # reads exported packages, which nothing else does; the package decides its precision
@@ -30,6 +44,8 @@ def why_not(name: str) -> str | None:
     name, _, _ = name.partition(":") if name.startswith("onnx:") else (name, "", "")
     if name not in BACKENDS:
         raise BackendError(f'backend must be "auto" or one of {sorted(BACKENDS)}, got {name!r}; choose one of them')
+    if name == "native":
+        return native_why_not()
     if name == "onnx":
         from .onnx import why_not as onnx_why_not
 
@@ -47,23 +63,25 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
     """Loads a checkpoint folder, or an exported package, into a backend.
 
     Args:
-        path: the folder. name: "auto" = the first backend that can run it. precision: "auto" = the backend's first, or the package's.
+        path: checkpoint or package folder. name: "auto" = the package's backend, else the first that can run. precision: "auto" =
+            the package's, else the backend's first.
 
     Raises:
         BackendError: an unknown backend or precision, or one that does not read this kind of folder. MissingDependencyError: none can
             run here. CheckpointError: a bad folder.
     """
-    packaged = is_package(path)
-    chosen = ("onnx" if packaged else next(iter(BACKENDS))) if name == "auto" else name
+    reader = "native" if is_native_package(path) else "onnx" if is_package(path) else None
+    chosen = (reader or next(iter(BACKENDS))) if name == "auto" else name
     reason = why_not(chosen)
     if reason is not None:
         raise MissingDependencyError(f"backend {chosen!r} cannot run here: {reason}")
-    if packaged != chosen.startswith("onnx"):
+    asked = chosen.partition(":")[0]
+    if (asked if asked in ("native", "onnx") else None) != reader:
         raise BackendError(
-            f"backend {chosen!r} does not read {path}, which is {'an exported package' if packaged else 'a checkpoint'}; "
-            + ('use "onnx" or "auto"' if packaged else "export it first with `rsvlm export`, or use another backend")
+            f"backend {chosen!r} does not read {path}, which is {'a checkpoint' if reader is None else f'a package for {reader!r}'}; "
+            + (f'use {reader!r} or "auto"' if reader else "export it first with `rsvlm export`, or use another backend")
         )
-    if packaged:
+    if reader is not None:
         return _load_package(Path(path), chosen, precision)
     precisions = BACKENDS[chosen]
     if precision != "auto" and precision not in precisions:
@@ -81,11 +99,15 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
 
 
 def _load_package(path: Path, name: str, precision: str) -> Backend:
-    from .onnx import OnnxBackend
-
-    own = Package.open(path).precision
+    own = read_manifest(path)["precision"] if name == "native" else Package.open(path).precision
     if precision not in ("auto", own):
         raise BackendError(
             f'precision of this package is {own}, asked was {precision!r}; use "auto", or export it with --precision {precision}'
         )
+    if name == "native":
+        from .native import NativeBackend
+
+        return NativeBackend.load(path)
+    from .onnx import OnnxBackend
+
     return OnnxBackend.load(path, name.partition(":")[2] or "cpu")

@@ -23,7 +23,7 @@ CheckpointArgument = Annotated[
 def export(
     checkpoint: CheckpointArgument = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the package.")] = None,
-    kind: Annotated[str, typer.Option("--format", help="What to write: onnx.")] = "onnx",
+    kind: Annotated[str, typer.Option("--format", help="What to write: onnx, or native for the C++ runtime.")] = "onnx",
     precision: Annotated[str, typer.Option("--precision", help=f"One of {', '.join(PRECISIONS)}.")] = "fp32",
     calibrate: Annotated[
         Path | None,

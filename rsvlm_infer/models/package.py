@@ -22,14 +22,15 @@ from ..contract import (
 )
 from ..errors import CheckpointError, ConfigError
 from .checkpoint import sha256_of
+from .native_package import is_native_package
 
 MAX_MANIFEST_BYTES = 16 << 20
 _AGAIN = "export it again with `rsvlm export`, or copy the whole folder again"
 
 
 def is_package(path: str | Path) -> bool:
-    """Whether a folder is an exported package rather than a checkpoint."""
-    return (Path(path) / MANIFEST).is_file()
+    """Whether a folder is an exported package of graphs, rather than a checkpoint or a package for the native backend."""
+    return (Path(path) / MANIFEST).is_file() and not is_native_package(path)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ TORCH_FREE = (
     "rsvlm_infer.backends.onnx",
     "rsvlm_infer.models.package",
     "rsvlm_infer.contract",
+    "rsvlm_infer.backends.native",
+    "rsvlm_infer.models.native_package",
     "rsvlm_infer.knowledge",
     "rsvlm_infer.imagery.source",
     "rsvlm_infer.imagery.plan",
