@@ -57,7 +57,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "rsvlm_infer._C",
-            sorted(str(path) for folder in ("ops", "cpu", "python") for path in Path("csrc", folder).glob("*.cpp")),
+            sorted(str(path) for folder in ("ops", "cpu", "model", "python") for path in Path("csrc", folder).glob("*.cpp")),
             include_dirs=["csrc/include", "csrc/python"],
             depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
             cxx_std=17,

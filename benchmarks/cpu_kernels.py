@@ -1,6 +1,6 @@
 """Times native kernels against torch baselines in one run: interleaved rounds, medians, and the machine's own limits beside them.
 
-    python -m benchmarks.cpu_kernels --ops attention experts weights --threads 2 --csv cpu_kernels.csv
+    python -m benchmarks.cpu_kernels --threads 1 2 --csv benchmarks/results/cpu_kernels.csv
 
 With one thread, `--clock cpu` counts the thread's CPU time: other work on the machine then disturbs less. Every number is measured.
 """
@@ -8,11 +8,13 @@ With one thread, `--clock cpu` counts the thread's CPU time: other work on the m
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime as dt
 import itertools
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,13 +22,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.rows import append_rows
 from rsvlm_infer.hardware import probe
+from rsvlm_infer.kernels.native.weight_matmul import NativeWeight, lay_out_weights
 from rsvlm_infer.ops.registry import resolve
-from rsvlm_infer.ops.weight_matmul import PackedWeight, pack_weight
+from rsvlm_infer.ops.weight_matmul import PackedWeight, join_weights, pack_weight, without_codes
 
 Call = Callable[[], object]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
@@ -106,38 +112,39 @@ def _bucketed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
 
 
 def experts_cases(dtype: str) -> Iterator[Case]:
-    """12 experts, 3 levels, top-2, Dv 384, routing included."""
-    width, hidden, experts = 384, 1536, 12
-    gate, up, down = (
-        torch.randn(s).mul(0.05).to(DTYPES[dtype]) for s in ((experts, hidden, width),) * 2 + ((experts, width, hidden),)
-    )
+    """12 experts, 3 levels, top-2, routing included."""
+    experts = 12
     eager, native = ((resolve("route", name), resolve("grouped_experts", name)) for name in ("eager", "native"))
-
-    def routed(ops: tuple[Callable[..., Any], Callable[..., Any]], x: Tensor, logits: Tensor, offsets: Tensor) -> Any:
-        return ops[1](x, *ops[0](logits, offsets, 2), gate, up, down)
-
-    def sorted_matmuls(x: Tensor, logits: Tensor, offsets: Tensor) -> Tensor:
-        return _sorted(x, eager[0](logits, offsets, 2), gate, up, down)
-
-    for tokens in (64, 256, 1024, 4096):
-        offsets = torch.tensor([0, tokens // 3, 2 * tokens // 3, tokens])
-        x, logits = torch.randn(tokens, width).to(DTYPES[dtype]), torch.randn(tokens, experts)
-        yield Case(
-            "route + grouped_experts",
-            f"12 experts top-2 {tokens} tokens",
-            dtype,
-            partial(routed, native, x, logits, offsets),
-            {
-                "eager loop": partial(routed, eager, x, logits, offsets),
-                "sorted matmuls": partial(sorted_matmuls, x, logits, offsets),
-            },
-            12.0 * tokens * width * hidden,
-            "gemm",
-        )
+    for width, hidden, counts in ((384, 1536, (64, 256, 1024, 4096)), (384, 256, (1024, 4096)), (1152, 256, (1024, 4096))):
+        sides = ((experts, hidden, width),) * 2 + ((experts, width, hidden),)
+        matrices = [torch.randn(side).mul(0.05).to(DTYPES[dtype]) for side in sides]
+        for tokens in counts:
+            offsets = torch.tensor([0, tokens // 3, 2 * tokens // 3, tokens])
+            x, logits = torch.randn(tokens, width).to(DTYPES[dtype]), torch.randn(tokens, experts)
+            yield Case(
+                "route + grouped_experts",
+                f"{tokens} tokens of {width}, 12 experts of {hidden}, top-2",
+                dtype,
+                partial(_routed, native, x, logits, offsets, matrices),
+                {
+                    "eager loop": partial(_routed, eager, x, logits, offsets, matrices),
+                    "sorted matmuls": partial(_routed, (eager[0], _sorted), x, logits, offsets, matrices),
+                },
+                12.0 * tokens * width * hidden,
+                "gemm",
+            )
 
 
-def _sorted(x: Tensor, routed: tuple[Tensor, Tensor, Tensor], gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    expert_offsets, permutation, weights = routed
+def _routed(
+    ops: tuple[Callable[..., Any], Callable[..., Tensor]], x: Tensor, logits: Tensor, offsets: Tensor, matrices: list[Tensor]
+) -> Tensor:
+    route, experts = ops
+    return experts(x, *route(logits, offsets, 2), *matrices)
+
+
+def _sorted(
+    x: Tensor, expert_offsets: Tensor, permutation: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
     order = permutation.long()
     rows, results = x[order // weights.shape[1]], x.new_empty((len(order), x.shape[1]))
     for expert, (start, stop) in enumerate(itertools.pairwise(expert_offsets.tolist())):
@@ -150,33 +157,48 @@ def _sorted(x: Tensor, routed: tuple[Tensor, Tensor, Tensor], gate: Tensor, up: 
 
 def weights_cases(dtype: str) -> Iterator[Case]:
     """All 30 layers of the default language model in sequence, one token: larger than any cache."""
-    from rsvlm_infer.kernels.native.weight_matmul import lay_out_weight
-
-    native = resolve("weight_matmul", "native")
-    sides = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 30
-    dense = [torch.randn(side).mul(0.05) for side in sides]
-    xs = {columns: torch.randn(1, columns).to(DTYPES[dtype]) for columns in (576, 1536)}
-    as_stored = [part.to(DTYPES[dtype]) for part in dense]
+    native, kind_of = resolve("weight_matmul", "native"), DTYPES[dtype]
+    groups = [
+        (576, (576, 192, 192)),
+        (576, (576,)),
+        (576, (1536, 1536)),
+        (1536, (576,)),
+    ] * 30  # In, Outs: q k v, o, gate up, down
+    dense = [[torch.randn(rows, columns).mul(0.05) for rows in outs] for columns, outs in groups]
+    xs = {columns: torch.randn(1, columns).to(kind_of) for columns in (576, 1536)}
+    as_stored = [part.to(kind_of) for parts in dense for part in parts]
     for kind in ("int4", "int8", "bf16"):
-        packed = [pack_weight(part, kind) for part in dense]
-        laid_out = [lay_out_weight(part) for part in packed]
-        outs = [torch.empty(1, part.rows, dtype=DTYPES[dtype]) for part in laid_out]
+        packed = [[pack_weight(part, kind) for part in parts] for parts in dense]
+        joined = [join_weights(parts) for parts in packed]
+        laid_out = lay_out_weights(joined)
+        outs = [torch.empty(1, part.rows, dtype=kind_of) for part in laid_out]
+        joined = [without_codes(part) for part in joined]
+        lay_out_weights([part for parts in packed for part in parts])
 
-        def core(laid_out: list = laid_out, outs: list = outs) -> None:  # type: ignore[type-arg]
+        def core(laid_out: list[NativeWeight] = laid_out, outs: list[Tensor] = outs) -> None:
             for part, out in zip(laid_out, outs, strict=True):
-                part.matmul(x=xs[part.columns].data_ptr(), tokens=1, dtype=dtype, out=out.data_ptr())
+                part.matmul[kind_of](xs[part.columns].data_ptr(), 1, out.data_ptr())
 
-        def twin(packed: list[PackedWeight] = packed) -> None:
-            for part in packed:
-                native(xs[part.shape[1]], part)
+        def shared(joined: list[PackedWeight] = joined) -> None:
+            for (columns, outs), part in zip(groups, joined, strict=True):
+                out = native(xs[columns], part)
+                if len(outs) > 1:
+                    out.split_with_sizes(outs, -1)
+
+        def apart(packed: list[list[PackedWeight]] = packed) -> None:
+            for (columns, _), parts in zip(groups, packed, strict=True):
+                for part in parts:
+                    native(xs[columns], part)
 
         def linear() -> None:
             for part in as_stored:
                 F.linear(xs[part.shape[1]], part)
 
         read = float(sum(part.memory.numel() for part in laid_out))
-        for name, call in (("30 layers, C++ alone", core), ("30 layers, through Python", twin)):
-            yield Case(f"weight_matmul {kind}", name, dtype, call, {f"torch linear {dtype}": linear}, read, "read")
+        for name, call in (("C++ alone", core), ("4 calls per layer", shared), ("7 calls per layer", apart)):
+            yield Case(
+                f"weight_matmul {kind}", f"30 layers, {name}", dtype, call, {f"torch linear {dtype}": linear}, read, "read"
+            )
 
 
 def decode_cases(dtype: str) -> Iterator[Case]:
@@ -206,15 +228,70 @@ def decode_cases(dtype: str) -> Iterator[Case]:
             )
 
 
-SUITES = {"attention": attention_cases, "experts": experts_cases, "weights": weights_cases, "decode": decode_cases}
+def cue_cases(dtype: str) -> Iterator[Case]:
+    """Exact top 8 of float16 entries, against torch, which rounds differently from the op, and numpy without ties or checks."""
+    if dtype != "float32":  # entries are float16 and queries float32, whatever the model computes in
+        return
+    eager, native, rng = resolve("cue_search", "eager"), resolve("cue_search", "native"), np.random.default_rng(0)
+    for count in (2_000, 50_000):
+        for views in (1, 20):
+            entries, visual = (rng.standard_normal((rows, 256)).astype(np.float32) for rows in (count, views))
+            entries, visual = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (entries, visual))
+            half = entries.astype(np.float16)
+            wide, query = torch.from_numpy(entries), torch.from_numpy(visual)
+            narrow, narrow_query = torch.from_numpy(half), query.half()
+            yield Case(
+                "cue_search",
+                f"{count} entries of 256, {views} views, top 8",
+                "float16 entries",
+                partial(native, visual, None, half, 8, 0.0),
+                {
+                    "eager float64": partial(eager, visual, None, half, 8, 0.0),
+                    "numpy float32 kept": partial(_numpy_top, visual, entries),
+                    "numpy float16 widened": partial(_widened_top, visual, half),
+                    "torch float32 kept": partial(_torch_top, query, wide),
+                    "torch float16, rounded": partial(_torch_top, narrow_query, narrow),
+                },
+                2.0 * count * 256,
+                "read",
+            )
 
 
-def measure(calls: dict[str, Call], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each call; every round runs all of them, so that a busy moment meets all alike."""
+def _widened_top(visual: NDArray[np.float32], entries: NDArray[np.float16]) -> NDArray[np.int64]:
+    return _numpy_top(visual, entries.astype(np.float32))
+
+
+def _torch_top(visual: Tensor, entries: Tensor) -> object:
+    return (entries @ visual.T).amax(dim=1).topk(8)
+
+
+def _numpy_top(visual: NDArray[np.float32], entries: NDArray[np.float32]) -> NDArray[np.int64]:
+    scores = (entries @ visual.T).max(axis=1)  # [M]
+    rows = np.argpartition(scores, len(scores) - 8)[-8:]
+    return rows[np.argsort(-scores[rows])]
+
+
+SUITES = {
+    "attention": attention_cases,
+    "experts": experts_cases,
+    "weights": weights_cases,
+    "decode": decode_cases,
+    "cue": cue_cases,
+}
+
+
+def measure(calls: dict[str, Call], rounds: int, seconds: float, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each call; every round runs all of them, so that a busy moment meets all alike.
+
+    `rounds` of them, or as many as fit into `seconds` of wall time but three.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    for _ in range(rounds):
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - begin > seconds:
+            break
         for name, call in calls.items():
             start = clock()
             call()
@@ -233,52 +310,59 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", choices=sorted(SUITES), default=sorted(SUITES))
     parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=sorted(DTYPES))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="one run for each")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each case at most, beyond three rounds")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu = CPU time of the one thread")
     parser.add_argument("--csv", type=Path, help="appended to; the screen alone when left out")
     options = parser.parse_args()
-    if options.clock == "cpu" and options.threads != 1:
+    if options.clock == "cpu" and options.threads != [1]:
         parser.error("--clock cpu counts one thread; add --threads 1")
-    torch.set_num_threads(options.threads)
+    known = {str(threads) for threads in options.threads} == {os.environ.get("OPENBLAS_NUM_THREADS")}
+    for threads in [] if known else options.threads:  # numpy's BLAS counts threads when it is loaded: a process for each
+        own = [*sys.argv[1:], "--threads", str(threads)]
+        variables = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        subprocess.run([sys.executable, "-m", "benchmarks.cpu_kernels", *own], env={**os.environ, **variables}, check=True)
+    if known:
+        torch.set_num_threads(options.threads[0])
+        rows = []
+        with torch.inference_mode():
+            for op, dtype in itertools.product(options.ops, options.dtypes):
+                rows += rows_of(op, dtype, options.threads[0], options)
+        if options.csv:
+            append_rows(options.csv, [asdict(row) for row in rows])
+
+
+def rows_of(op: str, dtype: str, threads: int, options: argparse.Namespace) -> list[Row]:
+    """The rows of one suite, printed as they come."""
     torch.manual_seed(0)
     machine = f"{probe().cpu}, {probe().cores} cores, {platform.machine()}, {(probe().native or {}).get('kernel_isa')}"
-    rows = []
-    with torch.inference_mode():
-        for op, dtype in itertools.product(options.ops, options.dtypes):
-            rates = limits(dtype)
-            for case in SUITES[op](dtype):
-                limit_call, limit_work = rates[case.limit]
-                times = measure(
-                    {"native": case.native, **case.baselines, "limit": limit_call}, options.rounds, CLOCKS[options.clock]
-                )
-                best = min(case.baselines, key=lambda name: times[name])
-                for name in ("native", *case.baselines):
-                    share = case.work / times[name] / (limit_work / times["limit"])
-                    row = Row(
-                        dt.date.today().isoformat(),
-                        machine,
-                        case.op,
-                        case.shape,
-                        case.dtype,
-                        options.threads,
-                        name,
-                        best,
-                        round(times[name] * 1e3, 4),
-                        round(times[best] / times[name], 3),
-                        # a baseline may read more bytes than `work` counts: its share says nothing
-                        round(share, 3) if name == "native" or case.limit == "gemm" else float("nan"),
-                        f"{case.limit}: {limit_work / times['limit'] / 1e9:.1f} G{'flop' if case.limit == 'gemm' else 'B'}/s",
-                    )
-                    rows.append(row)
-                    print(*list(asdict(row).values())[2:], sep=" | ", flush=True)
-    if options.csv:
-        new = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-            if new:
-                writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+    rates, rows = limits(dtype), []
+    for case in SUITES[op](dtype):
+        limit_call, limit_work = rates[case.limit]
+        calls = {"native": case.native, **case.baselines, "limit": limit_call}
+        times = measure(calls, options.rounds, options.seconds, CLOCKS[options.clock])
+        best = min(case.baselines, key=lambda name: times[name])
+        for name in ("native", *case.baselines):
+            share = case.work / times[name] / (limit_work / times["limit"])
+            row = Row(
+                dt.datetime.now(tz=dt.UTC).date().isoformat(),
+                machine,
+                case.op,
+                case.shape,
+                case.dtype,
+                threads,
+                name,
+                best,
+                round(times[name] * 1e3, 4),
+                round(times[best] / times[name], 3),
+                # a baseline may read more bytes than `work` counts: its share says nothing
+                round(share, 3) if name == "native" or case.limit == "gemm" else float("nan"),
+                f"{case.limit}: {limit_work / times['limit'] / 1e9:.1f} G{'flop' if case.limit == 'gemm' else 'B'}/s",
+            )
+            rows.append(row)
+            print(*list(asdict(row).values())[2:], sep=" | ", flush=True)
+    return rows
 
 
 if __name__ == "__main__":

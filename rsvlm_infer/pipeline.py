@@ -92,7 +92,7 @@ class RSVLM:
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None, backend: str = "auto", precision: str = "auto") -> RSVLM:
-        """Loads a checkpoint folder; None takes the default one, which `rsvlm pull` makes.
+        """Loads a checkpoint folder or an exported package; None takes the default checkpoint, which `rsvlm pull` makes.
 
         Raises:
             CheckpointError: no such folder, or a damaged one. BackendError, MissingDependencyError: it cannot run here.

@@ -6,6 +6,11 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+
+#include <cstdint>
+#endif
 
 namespace rsvlm {
 namespace {
@@ -95,6 +100,20 @@ int num_threads() {
     return omp_get_max_threads();
 #else
     return 1;
+#endif
+}
+
+void ask_for_huge_pages(void* memory, std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t kHuge = 2 << 20;
+    const auto address = reinterpret_cast<std::uintptr_t>(memory);
+    const std::uintptr_t first = (address + kHuge - 1) / kHuge * kHuge, stop = (address + bytes) / kHuge * kHuge;
+    if (first < stop) {
+        (void)madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);  // a refusal costs speed, nothing else
+    }
+#else
+    (void)memory;
+    (void)bytes;
 #endif
 }
 

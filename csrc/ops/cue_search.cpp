@@ -7,12 +7,12 @@
 
 #include "cue_search_kernel.h"
 #include "rsvlm/cpu.h"
+#include "rsvlm/parallel.h"
 
 namespace rsvlm {
 namespace {
 
 constexpr std::int64_t kPartEntries = 256;
-constexpr double kParallelProducts = 1 << 20;  // below some 10 microseconds of work, waking threads costs more than it saves
 
 struct Kernels {
     std::int64_t (*lanes)();
@@ -87,20 +87,14 @@ std::vector<Cue> cue_search(const CueSearch& call) {
     }
     std::vector<float> scores(static_cast<std::size_t>(call.count)), squares(scores.size());
     const double products = static_cast<double>(call.count) * static_cast<double>(call.width * call.views);
-    const int threads = products > kParallelProducts ? num_threads() : 1;
     const std::int64_t parts = (call.count + kPartEntries - 1) / kPartEntries;
-    std::vector<float> scratch(static_cast<std::size_t>(threads * 8 * call.width));
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-#endif
-    for (int thread = 0; thread < threads; ++thread) {
-        for (std::int64_t part = parts * thread / threads; part < parts * (thread + 1) / threads; ++part) {
-            const std::int64_t first = part * kPartEntries;
-            kernels.part({call.entries + first * call.width, views.data(), call.query,
-                          std::min(kPartEntries, call.count - first), call.width, tiles, static_cast<float>(call.beta),
-                          scores.data() + first, squares.data() + first, scratch.data() + thread * 8 * call.width});
-        }
-    }
+    const auto scratch_floats = static_cast<std::size_t>(8 * call.width);
+    for_each_part(parts, threads_for(products), scratch_floats, [&](std::int64_t part, float* scratch) {
+        const std::int64_t first = part * kPartEntries;
+        kernels.part({call.entries + first * call.width, views.data(), call.query, std::min(kPartEntries, call.count - first),
+                      call.width, tiles, static_cast<float>(call.beta), scores.data() + first, squares.data() + first,
+                      scratch});
+    });
     // |float32 score - exact score| is at most (width + a few) roundings of |entry| (|view| + |beta| |query|); the few are the
     // sum, the conversion of beta and the final rounding, whose ties must stay ties.
     const double asked = call.query == nullptr ? 0.0 : std::abs(call.beta) * length(call.query, call.width);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -11,6 +10,7 @@
 #include "decode_attention_kernel.h"
 #include "rsvlm/bfloat16.h"
 #include "rsvlm/cpu.h"
+#include "rsvlm/parallel.h"
 #include "rsvlm/scratch.h"
 #include "varlen_tile_attention_kernel.h"
 
@@ -18,7 +18,7 @@ namespace rsvlm {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr double kParallelProducts = 1 << 18;  // below some 10 microseconds of work, waking threads costs more than it saves
+constexpr double kParallelProducts = 1 << 18;  // some 10 microseconds: a cache is read at the speed of memory
 constexpr std::int64_t kPrefillTokens = 8;     // from so many new tokens on, blocks of queries beat one query at a time
 constexpr std::int64_t kPrefillPart = 96;      // queries that share one copy of keys and values
 
@@ -105,39 +105,16 @@ void decode(const DecodeAttention& call, const Kernels& kernels, int threads) {
     const auto count = static_cast<std::int64_t>(parts.size());
     const std::int64_t stride = group * (dim + 2);
     auto* partials = static_cast<float*>(thread_scratch(static_cast<std::size_t>(count * stride) * sizeof(float), 1));
-    const auto scratch_bytes = static_cast<std::size_t>(decode_scratch_floats(group, dim)) * sizeof(float);
-    bool out_of_memory = false;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-    {
-        float* scratch = nullptr;
-        try {
-            scratch = static_cast<float*>(thread_scratch(scratch_bytes));
-        } catch (const std::bad_alloc&) {  // must not leave a parallel region
-#ifdef _OPENMP
-#pragma omp atomic write
-#endif
-            out_of_memory = true;
-        }
-#ifdef _OPENMP
-#pragma omp for schedule(dynamic, 1)
-#endif
-        for (std::int64_t i = 0; i < count; ++i) {
-            const Part& part = parts[static_cast<std::size_t>(i)];
-            if (scratch != nullptr) {
-                kernels.decode({at(call.q, call.element, part.batch, part.token, part.head * group),
-                                at(call.k, call.element, part.batch, part.chunk, part.head),
-                                at(call.v, call.element, part.batch, part.chunk, part.head),
-                                call.mask == nullptr ? nullptr : call.mask + part.place * call.capacity + part.chunk,
-                                call.q.head_stride, call.k.row_stride, call.v.row_stride, group, part.keys, dim,
-                                kLog2E / std::sqrt(static_cast<float>(dim)), partials + i * stride, scratch});
-            }
-        }
-    }
-    if (out_of_memory) {
-        throw std::bad_alloc();
-    }
+    const auto scratch_floats = static_cast<std::size_t>(decode_scratch_floats(group, dim));
+    for_each_part(count, threads, scratch_floats, [&](std::int64_t i, float* scratch) {
+        const Part& part = parts[static_cast<std::size_t>(i)];
+        kernels.decode({at(call.q, call.element, part.batch, part.token, part.head * group),
+                        at(call.k, call.element, part.batch, part.chunk, part.head),
+                        at(call.v, call.element, part.batch, part.chunk, part.head),
+                        call.mask == nullptr ? nullptr : call.mask + part.place * call.capacity + part.chunk,
+                        call.q.head_stride, call.k.row_stride, call.v.row_stride, group, part.keys, dim,
+                        kLog2E / std::sqrt(static_cast<float>(dim)), partials + i * stride, scratch});
+    });
     auto* sums = static_cast<float*>(thread_scratch(static_cast<std::size_t>(dim) * sizeof(float)));
     for (std::size_t place = 0; place + 1 < first_part.size(); ++place) {
         const std::int64_t first = first_part[place], chunks = first_part[place + 1] - first;
@@ -157,49 +134,25 @@ void decode(const DecodeAttention& call, const Kernels& kernels, int threads) {
 void prefill(const DecodeAttention& call, const Kernels& kernels, int threads) {
     const std::int64_t pieces = (call.tokens + kPrefillPart - 1) / kPrefillPart, group = call.heads / call.kv_heads;
     const std::int64_t count = call.batch * call.heads * pieces, size = call.element == Element::kBfloat16 ? 2 : 4;
-    const auto scratch_bytes = static_cast<std::size_t>(attention_scratch_floats(call.capacity, call.head_dim)) * sizeof(float);
-    bool out_of_memory = false;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-    {
-        float* scratch = nullptr;
-        try {
-            scratch = static_cast<float*>(thread_scratch(scratch_bytes));
-        } catch (const std::bad_alloc&) {  // must not leave a parallel region
-#ifdef _OPENMP
-#pragma omp atomic write
-#endif
-            out_of_memory = true;
+    const auto scratch_floats = static_cast<std::size_t>(attention_scratch_floats(call.capacity, call.head_dim));
+    for_each_part(count, threads, scratch_floats, [&](std::int64_t i, float* scratch) {
+        // the last pieces see the most keys: they go first
+        const std::int64_t piece = pieces - 1 - i / (call.batch * call.heads), rest = i % (call.batch * call.heads);
+        const std::int64_t batch = rest / call.heads, head = rest % call.heads, first = piece * kPrefillPart;
+        const std::int64_t queries = std::min(kPrefillPart, call.tokens - first);
+        float limits[kPrefillPart];
+        std::int64_t keys = 0;
+        for (std::int64_t n = 0; n < queries; ++n) {
+            const std::int64_t seen = call.positions[batch * call.tokens + first + n] + 1;
+            limits[n] = static_cast<float>(seen);
+            keys = std::max(keys, seen);
         }
-#ifdef _OPENMP
-#pragma omp for schedule(dynamic, 1)
-#endif
-        for (std::int64_t i = 0; i < count; ++i) {
-            // the last pieces see the most keys: they go first
-            const std::int64_t piece = pieces - 1 - i / (call.batch * call.heads), rest = i % (call.batch * call.heads);
-            const std::int64_t batch = rest / call.heads, head = rest % call.heads, first = piece * kPrefillPart;
-            const std::int64_t queries = std::min(kPrefillPart, call.tokens - first);
-            float limits[kPrefillPart];
-            std::int64_t keys = 0;
-            for (std::int64_t n = 0; n < queries; ++n) {
-                const std::int64_t seen = call.positions[batch * call.tokens + first + n] + 1;
-                limits[n] = static_cast<float>(seen);
-                keys = std::max(keys, seen);
-            }
-            if (scratch != nullptr) {
-                char* out =
-                    static_cast<char*>(call.out) + ((batch * call.tokens + first) * call.heads + head) * call.head_dim * size;
-                kernels.prefill({at(call.q, call.element, batch, first, head), at(call.k, call.element, batch, 0, head / group),
-                                 at(call.v, call.element, batch, 0, head / group), out, call.q.row_stride, call.k.row_stride,
-                                 call.v.row_stride, call.heads * call.head_dim, queries, keys, call.head_dim,
-                                 kLog2E / std::sqrt(static_cast<float>(call.head_dim)), scratch, limits});
-            }
-        }
-    }
-    if (out_of_memory) {
-        throw std::bad_alloc();
-    }
+        char* out = static_cast<char*>(call.out) + ((batch * call.tokens + first) * call.heads + head) * call.head_dim * size;
+        kernels.prefill({at(call.q, call.element, batch, first, head), at(call.k, call.element, batch, 0, head / group),
+                         at(call.v, call.element, batch, 0, head / group), out, call.q.row_stride, call.k.row_stride,
+                         call.v.row_stride, call.heads * call.head_dim, queries, keys, call.head_dim,
+                         kLog2E / std::sqrt(static_cast<float>(call.head_dim)), scratch, limits});
+    });
 }
 
 }  // namespace
@@ -219,7 +172,7 @@ void decode_attention(const DecodeAttention& call) {
         }
         keys += static_cast<double>(call.mask == nullptr ? call.positions[i] + 1 : call.capacity);
     }
-    const int threads = keys * static_cast<double>(call.heads * call.head_dim) > kParallelProducts ? num_threads() : 1;
+    const int threads = threads_for(keys * static_cast<double>(call.heads * call.head_dim), kParallelProducts);
     const Kernels kernels = choose_kernels(call.element);
     if (call.mask == nullptr && call.tokens >= kPrefillTokens) {
         prefill(call, kernels, threads);

@@ -1,23 +1,24 @@
 #include "rsvlm/grouped_experts.h"
 
 #include <algorithm>
-#include <new>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "grouped_experts_kernel.h"
 #include "rsvlm/cpu.h"
+#include "rsvlm/parallel.h"
 #include "rsvlm/scratch.h"
 
 namespace rsvlm {
 namespace {
 
-constexpr double kParallelProducts = 1 << 20;  // below some 10 microseconds of work, waking threads costs more than it saves
+constexpr std::int64_t kCombineTokens = 64;  // that one part of the last pass sums
 
 struct Kernels {
     void (*part)(const ExpertPart&);
-    void (*combine)(const float*, std::int64_t, std::int64_t, std::int64_t, void*);
+    void (*combine)(const void*, const float*, std::int64_t, std::int64_t, std::int64_t, void*);
 };
 
 template <class T>
@@ -87,55 +88,31 @@ void grouped_experts(const GroupedExperts& call) {
     const Kernels kernels = choose_kernels(call.element);
     const std::int64_t matrices = call.w_up == nullptr ? 1 : call.w_gate == nullptr ? 2 : 3;
     const double products = static_cast<double>(slots) * static_cast<double>(call.width * call.hidden * matrices);
-    const int threads = products > kParallelProducts ? num_threads() : 1;
-    auto* results = static_cast<float*>(thread_scratch(static_cast<std::size_t>(slots * call.width) * sizeof(float), 1));
+    const int threads = threads_for(products);
+    const auto slots_bytes = static_cast<std::size_t>(slots * call.width * size);
+    auto* results = static_cast<char*>(thread_scratch(slots_bytes, 1));
     if (call.expert_offsets[call.experts] < slots) {  // slots of no expert count as zero
-        std::fill_n(results, slots * call.width, 0.0f);
+        std::memset(results, 0, slots_bytes);
     }
     const auto at = [size](const void* base, std::int64_t elements) -> const void* {
         return base == nullptr ? nullptr : static_cast<const char*>(base) + elements * size;
     };
-    const auto scratch_bytes = static_cast<std::size_t>(expert_scratch_floats(call.width, call.hidden)) * sizeof(float);
-    const auto count = static_cast<std::int64_t>(parts.size());
-    const std::int64_t step = 64;  // tokens per piece of the last pass
-    bool out_of_memory = false;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-    {
-        float* scratch = nullptr;
-        try {
-            scratch = static_cast<float*>(thread_scratch(scratch_bytes));
-        } catch (const std::bad_alloc&) {  // must not leave a parallel region
-#ifdef _OPENMP
-#pragma omp atomic write
-#endif
-            out_of_memory = true;
-        }
-#ifdef _OPENMP
-#pragma omp for schedule(dynamic, 1)
-#endif
-        for (std::int64_t i = 0; i < count; ++i) {
-            const Part& part = parts[static_cast<std::size_t>(i)];
-            if (scratch != nullptr) {
-                const std::int64_t matrix = part.expert * call.hidden * call.width;
-                kernels.part({call.x, call.permutation + part.first, call.weights, at(call.w_gate, matrix),
-                              at(call.w_up, matrix), at(call.w_down, matrix), at(call.b_up, part.expert * call.hidden),
-                              at(call.b_down, part.expert * call.width), results, part.count, call.k, call.width, call.hidden,
-                              scratch});
-            }
-        }
-#ifdef _OPENMP
-#pragma omp for schedule(static)
-#endif
-        for (std::int64_t first = 0; first < call.tokens; first += step) {
-            kernels.combine(results + first * call.k * call.width, std::min(step, call.tokens - first), call.k, call.width,
-                            static_cast<char*>(call.out) + first * call.width * size);
-        }
-    }
-    if (out_of_memory) {
-        throw std::bad_alloc();
-    }
+    const auto scratch_floats = static_cast<std::size_t>(expert_scratch_floats(call.width, call.hidden));
+    for_each_part(static_cast<std::int64_t>(parts.size()), threads, scratch_floats, [&](std::int64_t i, float* scratch) {
+        const Part& part = parts[static_cast<std::size_t>(i)];
+        const std::int64_t matrix = part.expert * call.hidden * call.width;
+        kernels.part({call.x, call.permutation + part.first, at(call.w_gate, matrix), at(call.w_up, matrix),
+                      at(call.w_down, matrix), at(call.b_up, part.expert * call.hidden),
+                      at(call.b_down, part.expert * call.width), results, part.count, call.k, call.width, call.hidden,
+                      scratch});
+    });
+    const std::int64_t pieces = (call.tokens + kCombineTokens - 1) / kCombineTokens;
+    for_each_part(pieces, threads, 0, [&](std::int64_t i, float*) {
+        const std::int64_t first = i * kCombineTokens;
+        kernels.combine(results + first * call.k * call.width * size, call.weights + first * call.k,
+                        std::min(kCombineTokens, call.tokens - first), call.k, call.width,
+                        static_cast<char*>(call.out) + first * call.width * size);
+    });
 }
 
 }  // namespace rsvlm

@@ -12,9 +12,8 @@ namespace rsvlm {
 struct ExpertPart {
     const void* x;                                       // [tokens, width]
     const std::int32_t* permutation;                     // the part's slots
-    const float* weights;                                // [tokens * k]
     const void *w_gate, *w_up, *w_down, *b_up, *b_down;  // of this expert, null as in GroupedExperts
-    float* slots;                                        // [tokens * k, width]: weighted results
+    void* slots;                                         // [tokens * k, width] of x's dtype: results before their weights
     std::int64_t count, k, width, hidden;
     float* scratch;  // expert_scratch_floats(width, hidden) floats
 };
@@ -29,12 +28,15 @@ inline std::int64_t expert_scratch_floats(std::int64_t width, std::int64_t hidde
     return kExpertTokens * (2 * width + hidden + 64) + 16 * (wider + 16);
 }
 
-#define RSVLM_DECLARE_EXPERTS(isa)                                                                                   \
-    namespace isa {                                                                                                  \
-    void expert_part_fp32(const ExpertPart& part);                                                                   \
-    void expert_part_bf16(const ExpertPart& part);                                                                   \
-    void combine_slots_fp32(const float* slots, std::int64_t tokens, std::int64_t k, std::int64_t width, void* out); \
-    void combine_slots_bf16(const float* slots, std::int64_t tokens, std::int64_t k, std::int64_t width, void* out); \
+#define RSVLM_DECLARE_EXPERTS(isa)                                                                                            \
+    namespace isa {                                                                                                           \
+    void expert_part_fp32(const ExpertPart& part);                                                                            \
+    void expert_part_bf16(const ExpertPart& part);                                                                            \
+    /* slots [tokens * k, width] and weights [tokens * k] -> out [tokens, width] */                                           \
+    void combine_slots_fp32(const void* slots, const float* weights, std::int64_t tokens, std::int64_t k, std::int64_t width, \
+                            void* out);                                                                                       \
+    void combine_slots_bf16(const void* slots, const float* weights, std::int64_t tokens, std::int64_t k, std::int64_t width, \
+                            void* out);                                                                                       \
     }
 RSVLM_DECLARE_EXPERTS(portable)
 RSVLM_DECLARE_EXPERTS(avx2)
@@ -48,25 +50,28 @@ RSVLM_DECLARE_EXPERTS(avx512_bf16)
 namespace rsvlm::RSVLM_ISA {
 namespace {
 
+// Groups of kRows rows of weights that one tile of tokens meets before the next tile does: the tile stays in the L1 cache, the
+// rows wait in L2.
+constexpr int kRowGroups = 4;
+constexpr std::int64_t kPrefetchBytes = 4096;
+
 // Up to kRows rows of a matrix of floats as the register tile reads them; a short group of rows is padded with zeros in
-// scratch.
+// scratch, which is still there for the next tile of tokens: `fresh` is false then.
+template <class T>
 struct SingleRows {
     using Value = float;
     static constexpr int kPair = 1;
-    static const float* rows(const float* matrix, std::int64_t count, std::int64_t columns, float* scratch) {
-        if (count == kRows) {
-            return matrix;
+    static constexpr int kGroups = sizeof(T) == 4 ? kRowGroups : 1;  // bf16 is widened in scratch, which holds one group
+    static const float* rows(const T* matrix, std::int64_t count, std::int64_t columns, bool fresh, float* scratch) {
+        if (kGroups > 1 && count == kRows) {
+            return reinterpret_cast<const float*>(matrix);
         }
-        for (std::int64_t i = 0; i < kRows * columns; ++i) {
-            scratch[i] = i < count * columns ? matrix[i] : 0.0f;
+        if (fresh) {
+            copy_as_float(matrix, count * columns, kRows * columns, scratch);
         }
         return scratch;
     }
-    static const float* rows(const std::uint16_t* matrix, std::int64_t count, std::int64_t columns, float* scratch) {
-        copy_as_float(matrix, count * columns, kRows * columns, scratch);  // once for all tiles of tokens
-        return scratch;
-    }
-    template <class T, class RowOf>
+    template <class RowOf>
     static void gather(const RowOf& row_of, std::int64_t count, std::int64_t columns, std::int64_t lanes, float* to) {
         rows_to_lanes<T>(row_of, count, columns, lanes, to);
     }
@@ -77,18 +82,20 @@ struct SingleRows {
 struct PairRows {
     using Value = std::uint32_t;
     static constexpr int kPair = 2;
-    static const std::uint32_t* rows(const std::uint16_t* matrix, std::int64_t count, std::int64_t columns, float* scratch) {
+    static constexpr int kGroups = kRowGroups;
+    static const std::uint32_t* rows(const std::uint16_t* matrix, std::int64_t count, std::int64_t columns, bool fresh,
+                                     float* scratch) {
         const auto* words = reinterpret_cast<const std::uint32_t*>(matrix);
         if (count == kRows) {
             return words;
         }
         auto* padded = reinterpret_cast<std::uint32_t*>(scratch);
-        for (std::int64_t i = 0; i < kRows * columns / 2; ++i) {
+        for (std::int64_t i = 0; fresh && i < kRows * columns / 2; ++i) {
             padded[i] = i < count * columns / 2 ? words[i] : 0;
         }
         return padded;
     }
-    template <class T, class RowOf>
+    template <class RowOf>
     static void gather(const RowOf& row_of, std::int64_t count, std::int64_t columns, std::int64_t lanes, float* to) {
         rows_to_lanes<float>([&](std::int64_t row) { return reinterpret_cast<const float*>(row_of(row)); }, count, columns / 2,
                              lanes, to);
@@ -96,12 +103,12 @@ struct PairRows {
 };
 #endif
 
-// One register tile of W X^T plus bias, [kRows, Vectors * kLanes] into `to`. Sums are closed every kChunk words: one chain over
-// 1536 terms would be three times as wrong.
+// One register tile of W X^T plus bias, [kRows, Vectors * kLanes] into `to`. Sums in fp32 are closed every kChunk words: one
+// chain over 1536 terms would be three times as wrong. Pairs of bf16 need that less, since the result is rounded to 8 bits.
 template <int Vectors, class T, class Value>
 inline void product(const Value* weights, const T* bias, std::int64_t present, const float* lanes, std::int64_t words,
                     float* to) {
-    constexpr std::int64_t kChunk = 128;
+    constexpr std::int64_t kChunk = sizeof(T) == 4 ? 128 : 1024;
     const char* ahead = reinterpret_cast<const char*>(weights + kRows * words);  // the next rows follow in memory
     for (std::int64_t first = 0; first < words; first += kChunk) {
         const std::int64_t count = words - first < kChunk ? words - first : kChunk;
@@ -172,6 +179,13 @@ inline void pair_up(const float* from, std::int64_t rows, std::int64_t lanes, fl
 }
 #endif
 
+template <class T>
+inline void prefetch(const T* row, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; i += 64 / static_cast<std::int64_t>(sizeof(T))) {
+        __builtin_prefetch(row + i, 0, 2);
+    }
+}
+
 struct TokenTile {
     std::int64_t first, count;
     int vectors;
@@ -181,14 +195,16 @@ struct TokenTile {
 template <class T, class Rows>
 void run_part(const ExpertPart& part) {
     constexpr int kPair = Rows::kPair;
+    constexpr std::int64_t kBlock = kRows * Rows::kGroups;
     const T* x = static_cast<const T*>(part.x);
     const T *w_gate = static_cast<const T*>(part.w_gate), *w_up = static_cast<const T*>(part.w_up);
     const T* w_down = static_cast<const T*>(part.w_down);
     const T *b_up = static_cast<const T*>(part.b_up), *b_down = static_cast<const T*>(part.b_down);
     float gates[kRows * kMaxVectors * kLanes], ups[kRows * kMaxVectors * kLanes];
     float* free = part.scratch;
-    float* rows_scratch = free;
-    free += kRows * ((part.width > part.hidden ? part.width : part.hidden) + 16);
+    const std::int64_t rows_floats = kRows * ((part.width > part.hidden ? part.width : part.hidden) + 16);
+    float *gate_scratch = free, *scratch = free + rows_floats;
+    free += 2 * rows_floats;
     TokenTile tiles[kExpertTokens / kLanes];
     int tile_count = 0;
     for (std::int64_t first = 0; first < part.count;) {
@@ -205,27 +221,25 @@ void run_part(const ExpertPart& part) {
         first += tile.count;
         const std::int32_t* slots = part.permutation + tile.first;
         const std::int64_t k = part.k, width = part.width;
-        Rows::template gather<T>([=](std::int64_t row) { return x + slots[row] / k * width; }, tile.count, width, lanes,
-                                 tile.x);
+        for (std::int64_t row = 0; row < tile.count; ++row) {  // rows from all over x: waited for together, not one by one
+            prefetch(x + slots[row] / k * width, width);
+        }
+        Rows::gather([=](std::int64_t row) { return x + slots[row] / k * width; }, tile.count, width, lanes, tile.x);
     }
-    if (w_up != nullptr) {
-        for (std::int64_t row = 0; row < part.hidden; row += kRows) {
-            const std::int64_t present = part.hidden - row < kRows ? part.hidden - row : kRows;
-            const std::int64_t words = part.width / kPair;
-            if (w_gate != nullptr) {
-                // gate first: its tiles wait in `out`, which is free until the second product
-                const auto* gate = Rows::rows(w_gate + row * part.width, present, part.width, rows_scratch);
-                for (int t = 0; t < tile_count; ++t) {
-                    product_of<T>(tiles[t].vectors, gate, static_cast<const T*>(nullptr), present, tiles[t].x, words,
-                                  tile_count == 1 ? gates : tiles[t].out);
+    for (std::int64_t block = 0; w_up != nullptr && block < part.hidden; block += kBlock) {
+        const std::int64_t stop = part.hidden - block < kBlock ? part.hidden : block + kBlock, words = part.width / kPair;
+        for (int t = 0; t < tile_count; ++t) {
+            const TokenTile& tile = tiles[t];
+            const std::int64_t lanes = tile.vectors * kLanes;
+            for (std::int64_t row = block; row < stop; row += kRows) {
+                const std::int64_t present = stop - row < kRows ? stop - row : kRows;
+                if (w_gate != nullptr) {
+                    const auto* gate = Rows::rows(w_gate + row * part.width, present, part.width, t == 0, gate_scratch);
+                    product_of<T>(tile.vectors, gate, static_cast<const T*>(nullptr), present, tile.x, words, gates);
                 }
-            }
-            const auto* up = Rows::rows(w_up + row * part.width, present, part.width, rows_scratch);
-            for (int t = 0; t < tile_count; ++t) {
-                const TokenTile& tile = tiles[t];
-                const std::int64_t lanes = tile.vectors * kLanes;
-                const float* gate = w_gate == nullptr ? nullptr : tile_count == 1 ? gates : tile.out;
+                const auto* up = Rows::rows(w_up + row * part.width, present, part.width, t == 0, scratch);
                 product_of<T>(tile.vectors, up, b_up == nullptr ? nullptr : b_up + row, present, tile.x, words, ups);
+                const float* gate = w_gate == nullptr ? nullptr : gates;
 #ifdef RSVLM_DOT_BF16
                 if (kPair == 2) {
                     activate(gate, ups, w_gate == nullptr, present * lanes, ups);
@@ -237,37 +251,46 @@ void run_part(const ExpertPart& part) {
             }
         }
     }
-    for (std::int64_t row = 0; row < part.width; row += kRows) {
-        const std::int64_t present = part.width - row < kRows ? part.width - row : kRows;
-        const auto* down = Rows::rows(w_down + row * part.hidden, present, part.hidden, rows_scratch);
+    T* results = static_cast<T*>(part.slots);
+    for (std::int64_t block = 0; block < part.width; block += kBlock) {
+        const std::int64_t stop = part.width - block < kBlock ? part.width : block + kBlock;
         for (int t = 0; t < tile_count; ++t) {
-            product_of<T>(tiles[t].vectors, down, b_down == nullptr ? nullptr : b_down + row, present, tiles[t].hidden,
-                          part.hidden / kPair, tiles[t].out + row * tiles[t].vectors * kLanes);
+            const TokenTile& tile = tiles[t];
+            for (std::int64_t row = 0; row < tile.count; ++row) {  // where the results will go, all over the slots
+                prefetch(results + part.permutation[tile.first + row] * part.width + block, stop - block);
+            }
+            for (std::int64_t row = block; row < stop; row += kRows) {
+                const std::int64_t present = stop - row < kRows ? stop - row : kRows;
+                const auto* down = Rows::rows(w_down + row * part.hidden, present, part.hidden, t == 0, scratch);
+                product_of<T>(tile.vectors, down, b_down == nullptr ? nullptr : b_down + row, present, tile.hidden,
+                              part.hidden / kPair, tile.out + row * tile.vectors * kLanes);
+            }
         }
+    }
+    float ones[kMaxVectors * kLanes];
+    for (float& one : ones) {
+        one = 1.0f;
     }
     for (int t = 0; t < tile_count; ++t) {
         const TokenTile& tile = tiles[t];
         const std::int32_t* slots = part.permutation + tile.first;
-        float factors[kMaxVectors * kLanes];
-        for (std::int64_t i = 0; i < tile.vectors * kLanes; ++i) {
-            factors[i] = i < tile.count ? part.weights[slots[i]] : 0.0f;
-        }
-        float* results = part.slots;
         const std::int64_t width = part.width;
-        lanes_to_rows<float>(tile.out, factors, tile.count, width, tile.vectors * kLanes,
-                             [=](std::int64_t row) { return results + slots[row] * width; });
+        lanes_to_rows<T>(tile.out, ones, tile.count, width, tile.vectors * kLanes,
+                         [=](std::int64_t row) { return results + slots[row] * width; });
     }
 }
 
 template <class T>
-void combine(const float* slots, std::int64_t tokens, std::int64_t k, std::int64_t width, T* out) {
-    for (std::int64_t token = 0; token < tokens; ++token, slots += k * width, out += width) {
+void combine(const T* slots, const float* weights, std::int64_t tokens, std::int64_t k, std::int64_t width, T* out) {
+    for (std::int64_t token = 0; token < tokens; ++token, slots += k * width, weights += k, out += width) {
         for (std::int64_t i = 0; i < width; i += kLanes) {
             const std::int64_t present = width - i < kLanes ? width - i : kLanes;
             Vec sum = zero();
             for (std::int64_t slot = 0; slot < k; ++slot) {
-                const float* from = slots + slot * width + i;
-                sum = add(sum, present == kLanes ? load(from) : load_partly(from, present));
+                const T* from = slots + slot * width + i;
+                __builtin_prefetch(from + kPrefetchBytes / sizeof(T));  // the hardware's prefetcher stops at the end of a page
+                const Vec value = present == kLanes ? load_float(from) : load_partly(from, present);
+                sum = add(sum, mul(value, set1(weights[slot])));
             }
             store_first(out + i, sum, present);
         }
@@ -276,7 +299,7 @@ void combine(const float* slots, std::int64_t tokens, std::int64_t k, std::int64
 
 }  // namespace
 
-void expert_part_fp32(const ExpertPart& part) { run_part<float, SingleRows>(part); }
+void expert_part_fp32(const ExpertPart& part) { run_part<float, SingleRows<float>>(part); }
 
 void expert_part_bf16(const ExpertPart& part) {
 #ifdef RSVLM_DOT_BF16
@@ -285,14 +308,16 @@ void expert_part_bf16(const ExpertPart& part) {
         return;
     }
 #endif
-    run_part<std::uint16_t, SingleRows>(part);
+    run_part<std::uint16_t, SingleRows<std::uint16_t>>(part);
 }
 
-void combine_slots_fp32(const float* slots, std::int64_t tokens, std::int64_t k, std::int64_t width, void* out) {
-    combine(slots, tokens, k, width, static_cast<float*>(out));
+void combine_slots_fp32(const void* slots, const float* weights, std::int64_t tokens, std::int64_t k, std::int64_t width,
+                        void* out) {
+    combine(static_cast<const float*>(slots), weights, tokens, k, width, static_cast<float*>(out));
 }
-void combine_slots_bf16(const float* slots, std::int64_t tokens, std::int64_t k, std::int64_t width, void* out) {
-    combine(slots, tokens, k, width, static_cast<std::uint16_t*>(out));
+void combine_slots_bf16(const void* slots, const float* weights, std::int64_t tokens, std::int64_t k, std::int64_t width,
+                        void* out) {
+    combine(static_cast<const std::uint16_t*>(slots), weights, tokens, k, width, static_cast<std::uint16_t*>(out));
 }
 
 }  // namespace rsvlm::RSVLM_ISA

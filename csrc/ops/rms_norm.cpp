@@ -4,13 +4,13 @@
 
 #include "rsvlm/bfloat16.h"
 #include "rsvlm/cpu.h"
+#include "rsvlm/parallel.h"
 
 namespace rsvlm {
 namespace {
 
-constexpr std::int64_t kLanes = 32;  // partial sums: two vectors of AVX-512
-constexpr std::int64_t kParallelFloats =
-    1 << 17;  // below some 10 microseconds of work, waking threads costs more than it saves
+constexpr std::int64_t kLanes = 32;          // partial sums: two vectors of AVX-512
+constexpr double kParallelFloats = 1 << 17;  // some 10 microseconds of work
 
 template <class T>
 inline __attribute__((always_inline)) void norm_row(const T* x, const T* weight, std::int64_t width, float eps, T* out) {
@@ -58,12 +58,9 @@ void norm_rows_bf16(const std::uint16_t* x, const std::uint16_t* weight, std::in
 }  // namespace
 
 void rms_norm(const void* x, const void* weight, std::int64_t rows, std::int64_t width, float eps, Element element, void* out) {
-    const int threads = rows * width > kParallelFloats ? num_threads() : 1;
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-#endif
-    for (int thread = 0; thread < threads; ++thread) {
-        const std::int64_t first = rows * thread / threads, stop = rows * (thread + 1) / threads;
+    const int threads = threads_for(static_cast<double>(rows * width), kParallelFloats);
+    for_each_part(threads, threads, 0, [&](std::int64_t part, float*) {
+        const std::int64_t first = rows * part / threads, stop = rows * (part + 1) / threads;
         if (element == Element::kBfloat16) {
             norm_rows_bf16(static_cast<const std::uint16_t*>(x), static_cast<const std::uint16_t*>(weight), first, stop, width,
                            eps, static_cast<std::uint16_t*>(out));
@@ -71,7 +68,7 @@ void rms_norm(const void* x, const void* weight, std::int64_t rows, std::int64_t
             norm_rows(static_cast<const float*>(x), static_cast<const float*>(weight), first, stop, width, eps,
                       static_cast<float*>(out));
         }
-    }
+    });
 }
 
 }  // namespace rsvlm

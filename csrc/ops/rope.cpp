@@ -2,12 +2,12 @@
 
 #include "rsvlm/bfloat16.h"
 #include "rsvlm/cpu.h"
+#include "rsvlm/parallel.h"
 
 namespace rsvlm {
 namespace {
 
-constexpr std::int64_t kParallelFloats =
-    1 << 17;  // below some 10 microseconds of work, waking threads costs more than it saves
+constexpr double kParallelFloats = 1 << 17;  // some 10 microseconds of work
 
 template <class T>
 inline __attribute__((always_inline)) void rotate(const T* x, const float* cosines, const float* sines, std::int64_t heads,
@@ -41,12 +41,9 @@ void rotate_tokens_bf16(const std::uint16_t* x, std::int64_t stride, const float
 
 void rope(const void* x, std::int64_t token_stride, const float* cosines, const float* sines, std::int64_t tokens,
           std::int64_t heads, std::int64_t head_dim, Element element, void* out) {
-    const int threads = tokens * heads * head_dim > kParallelFloats ? num_threads() : 1;
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-#endif
-    for (int thread = 0; thread < threads; ++thread) {
-        const std::int64_t first = tokens * thread / threads, stop = tokens * (thread + 1) / threads;
+    const int threads = threads_for(static_cast<double>(tokens * heads * head_dim), kParallelFloats);
+    for_each_part(threads, threads, 0, [&](std::int64_t part, float*) {
+        const std::int64_t first = tokens * part / threads, stop = tokens * (part + 1) / threads;
         if (element == Element::kBfloat16) {
             rotate_tokens_bf16(static_cast<const std::uint16_t*>(x), token_stride, cosines, sines, first, stop, heads,
                                head_dim / 2, static_cast<std::uint16_t*>(out));
@@ -54,7 +51,7 @@ void rope(const void* x, std::int64_t token_stride, const float* cosines, const 
             rotate_tokens(static_cast<const float*>(x), token_stride, cosines, sines, first, stop, heads, head_dim / 2,
                           static_cast<float*>(out));
         }
-    }
+    });
 }
 
 }  // namespace rsvlm

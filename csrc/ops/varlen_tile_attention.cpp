@@ -6,15 +6,14 @@
 #include <string>
 
 #include "rsvlm/cpu.h"
-#include "rsvlm/scratch.h"
+#include "rsvlm/parallel.h"
 #include "varlen_tile_attention_kernel.h"
 
 namespace rsvlm {
 namespace {
 
 constexpr std::int64_t kMaxHeadDim = 1024;
-constexpr double kParallelProducts = 1 << 20;  // below some 10 microseconds of work, waking threads costs more than it saves
-constexpr std::int64_t kPartQueries = 96;      // each part copies K and V, which 96 queries make small against their products
+constexpr std::int64_t kPartQueries = 96;  // each part copies K and V, which 96 queries make small against their products
 
 struct Part {
     std::int64_t tile, head, first, stop;
@@ -98,53 +97,30 @@ void varlen_tile_attention(const TileAttention& call, const std::vector<std::int
         longest = std::max(longest, keys);
     }
     const double products = pairs * static_cast<double>(call.heads * call.head_dim);
-    const int threads = products > kParallelProducts ? num_threads() : 1;
+    const int threads = threads_for(products);
     const std::vector<Part> parts =
         plan_parts(call.heads, bounds, key_bounds, pairs * static_cast<double>(call.heads), threads);
     const Kernel kernel = choose_kernel(call.element);
-    const std::int64_t size = call.element == Element::kBfloat16 ? 2 : 4;
-    const auto scratch_bytes = static_cast<std::size_t>(attention_scratch_floats(longest, call.head_dim)) * sizeof(float);
-    const std::int64_t out_stride = call.heads * call.head_dim;
+    const std::int64_t size = call.element == Element::kBfloat16 ? 2 : 4, out_stride = call.heads * call.head_dim;
     const auto at = [size](const HeadRows& rows, std::int64_t row, std::int64_t head) -> const void* {
         return static_cast<const char*>(rows.data) + (row * rows.row_stride + head * rows.head_stride) * size;
     };
-    const auto count = static_cast<std::int64_t>(parts.size());
-    bool out_of_memory = false;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-    {
-        float* scratch = nullptr;
-        try {
-            scratch = static_cast<float*>(thread_scratch(scratch_bytes));
-        } catch (const std::bad_alloc&) {  // must not leave a parallel region
-#ifdef _OPENMP
-#pragma omp atomic write
-#endif
-            out_of_memory = true;
-        }
-#ifdef _OPENMP
-#pragma omp for schedule(dynamic, 1)
-#endif
-        for (std::int64_t i = 0; i < count; ++i) {
-            const Part& part = parts[static_cast<std::size_t>(i)];
-            const std::int64_t key = key_bounds[static_cast<std::size_t>(part.tile)];
-            const std::int64_t keys = key_bounds[static_cast<std::size_t>(part.tile) + 1] - key;
-            char* out = static_cast<char*>(call.out) + (part.first * out_stride + part.head * call.head_dim) * size;
-            if (keys == 0) {
-                for (std::int64_t row = 0; row < part.stop - part.first; ++row) {
-                    std::fill_n(out + row * out_stride * size, call.head_dim * size, '\0');
-                }
-            } else if (scratch != nullptr) {
-                kernel({at(call.q, part.first, part.head), at(call.k, key, part.head), at(call.v, key, part.head), out,
-                        call.q.row_stride, call.k.row_stride, call.v.row_stride, out_stride, part.stop - part.first, keys,
-                        call.head_dim, call.scale * 1.44269504088896341f, scratch});
+    const auto scratch_floats = static_cast<std::size_t>(attention_scratch_floats(longest, call.head_dim));
+    for_each_part(static_cast<std::int64_t>(parts.size()), threads, scratch_floats, [&](std::int64_t i, float* scratch) {
+        const Part& part = parts[static_cast<std::size_t>(i)];
+        const std::int64_t key = key_bounds[static_cast<std::size_t>(part.tile)];
+        const std::int64_t keys = key_bounds[static_cast<std::size_t>(part.tile) + 1] - key;
+        char* out = static_cast<char*>(call.out) + (part.first * out_stride + part.head * call.head_dim) * size;
+        if (keys == 0) {
+            for (std::int64_t row = 0; row < part.stop - part.first; ++row) {
+                std::fill_n(out + row * out_stride * size, call.head_dim * size, '\0');
             }
+            return;
         }
-    }
-    if (out_of_memory) {
-        throw std::bad_alloc();
-    }
+        kernel({at(call.q, part.first, part.head), at(call.k, key, part.head), at(call.v, key, part.head), out,
+                call.q.row_stride, call.k.row_stride, call.v.row_stride, out_stride, part.stop - part.first, keys,
+                call.head_dim, call.scale * 1.44269504088896341f, scratch});
+    });
 }
 
 }  // namespace rsvlm

@@ -7,6 +7,7 @@
 
 #include "rsvlm/bfloat16.h"
 #include "rsvlm/cpu.h"
+#include "rsvlm/parallel.h"
 #include "rsvlm/scratch.h"
 #include "weight_matmul_kernel.h"
 
@@ -14,8 +15,7 @@ namespace rsvlm {
 namespace {
 
 constexpr std::int64_t kTokensAtOnce = 8;
-constexpr std::int64_t kParallelBytes = 128
-                                        << 10;  // below some 5 microseconds of reading, waking threads costs more than it saves
+constexpr double kParallelBytes = 128 << 10;  // some 5 microseconds of reading
 
 std::int64_t groups_of(const WeightShape& shape) { return (shape.columns + kWeightGroup - 1) / kWeightGroup; }
 std::int64_t blocks_of(const WeightShape& shape) { return (shape.rows + kWeightRows - 1) / kWeightRows; }
@@ -86,7 +86,8 @@ void weight_matmul(const WeightShape& shape, const void* layout, const void* x, 
     // int4 with bf16 activations: the dot product of pairs is exact and takes half the instructions
     const bool paired = kernel_isa() == Isa::kAvx512Bf16 && shape.kind == WeightKind::kInt4 && element == Element::kBfloat16;
     const Kernel kernel = choose_kernel(paired);
-    const int threads = bytes > kParallelBytes ? static_cast<int>(std::min<std::int64_t>(num_threads(), blocks)) : 1;
+    const auto threads =
+        static_cast<int>(std::min<std::int64_t>(threads_for(static_cast<double>(bytes), kParallelBytes), blocks));
     for (std::int64_t token = 0; token < tokens; token += kTokensAtOnce) {
         const std::int64_t count = std::min(kTokensAtOnce, tokens - token);
         const char* source = static_cast<const char*>(x) + token * shape.columns * size;
@@ -94,9 +95,11 @@ void weight_matmul(const WeightShape& shape, const void* layout, const void* x, 
         if (paired) {
             const auto* halves = reinterpret_cast<const std::uint16_t*>(source);
             auto* words = static_cast<std::uint32_t*>(thread_scratch(static_cast<std::size_t>(count * padded) * 2));
-            for (std::int64_t i = 0; i < count * padded / 2; ++i) {
-                const std::uint16_t* low = halves + i / 4 * 8 + i % 4;
-                words[i] = low[0] | static_cast<std::uint32_t>(low[4]) << 16;
+            for (std::int64_t octet = 0; octet < count * padded / 8; ++octet) {
+                for (std::int64_t j = 0; j < 4; ++j) {
+                    const std::uint16_t* low = halves + octet * 8 + j;
+                    words[octet * 4 + j] = low[0] | static_cast<std::uint32_t>(low[4]) << 16;
+                }
             }
             rows = reinterpret_cast<const float*>(words);
         } else if (element == Element::kBfloat16 || padded != shape.columns) {
@@ -113,14 +116,11 @@ void weight_matmul(const WeightShape& shape, const void* layout, const void* x, 
             rows = copy;
         }
         char* target = static_cast<char*>(out) + token * shape.rows * size;
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-#endif
-        for (int thread = 0; thread < threads; ++thread) {
-            const std::int64_t first = blocks * thread / threads, stop = blocks * (thread + 1) / threads;
+        for_each_part(threads, threads, 0, [&](std::int64_t part, float*) {
+            const std::int64_t first = blocks * part / threads, stop = blocks * (part + 1) / threads;
             kernel({shape, static_cast<const char*>(layout) + first * groups * weight_group_bytes(shape), rows, count, groups,
                     first * kWeightRows, std::min(stop * kWeightRows, shape.rows), target, element});
-        }
+        });
     }
 }
 

@@ -16,5 +16,6 @@ void register_rms_norm(pybind11::module_& module);
 void register_rope(pybind11::module_& module);
 void register_decode_attention(pybind11::module_& module);
 void register_route(pybind11::module_& module);
+void register_model(pybind11::module_& module);
 
 }  // namespace rsvlm::python

@@ -13,4 +13,5 @@ PYBIND11_MODULE(_C, module) {
     rsvlm::python::register_rope(module);
     rsvlm::python::register_decode_attention(module);
     rsvlm::python::register_route(module);
+    rsvlm::python::register_model(module);
 }

@@ -1,4 +1,5 @@
 #include "bindings.h"
+#include "pointers.h"
 #include "rsvlm/cpu.h"
 
 namespace py = pybind11;
@@ -21,6 +22,10 @@ void register_cpu(py::module_& module) {
     module.def(
         "limit_isa", &limit_isa, py::kw_only(), py::arg("isa"),
         "Holds hand-written kernels to 'portable', 'avx2', 'avx512' or 'avx512_bf16'; 'auto' takes the best. For tests.");
+    module.def(
+        "ask_for_huge_pages",
+        [](Address address, std::size_t length_bytes) { ask_for_huge_pages(pointer(address), length_bytes); }, py::kw_only(),
+        py::arg("address"), py::arg("length_bytes"), "Huge pages for memory that was not written yet, if there are any.");
 }
 
 }  // namespace rsvlm::python

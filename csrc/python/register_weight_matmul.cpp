@@ -31,13 +31,23 @@ void lay_out(const std::string& kind, std::int64_t rows, std::int64_t columns, b
     lay_out_weight(shape, pointer(codes), pointer(scales), pointer(layout));
 }
 
-void run(const std::string& kind, std::int64_t rows, std::int64_t columns, bool wide_scales, Address layout, Address x,
-         std::int64_t tokens, const std::string& dtype, Address out) {
-    const WeightShape shape = shape_of(kind, rows, columns, wide_scales);
-    const Element type = element(dtype);
-    py::gil_scoped_release release;
-    weight_matmul(shape, pointer(layout), pointer(x), tokens, type, pointer(out));
-}
+// What stays the same from token to token, so that a call carries three numbers: it costs 0.3 microseconds instead of 1.2, and
+// decoding makes hundreds per token.
+class WeightMatmul {
+  public:
+    WeightMatmul(const std::string& kind, std::int64_t rows, std::int64_t columns, bool wide_scales, Address layout)
+        : shape_(shape_of(kind, rows, columns, wide_scales)), layout_(pointer(layout)) {}
+
+    template <Element Type>
+    void run(Address x, std::int64_t tokens, Address out) const {
+        py::gil_scoped_release release;
+        weight_matmul(shape_, layout_, pointer(x), tokens, Type, pointer(out));
+    }
+
+  private:
+    WeightShape shape_;
+    const void* layout_;
+};
 
 }  // namespace
 
@@ -47,10 +57,13 @@ void register_weight_matmul(py::module_& module) {
     module.def("lay_out_weight", &lay_out, py::kw_only(), py::arg("kind"), py::arg("rows"), py::arg("columns"),
                py::arg("wide_scales"), py::arg("codes"), py::arg("scales"), py::arg("layout"),
                "Addresses of a PackedWeight's codes and scales (0 for bf16) and of the layout to write.");
-    module.def("weight_matmul", &run, py::kw_only(), py::arg("kind"), py::arg("rows"), py::arg("columns"),
-               py::arg("wide_scales"), py::arg("layout"), py::arg("x"), py::arg("tokens"), py::arg("dtype"), py::arg("out"),
-               "Addresses of a layout, of contiguous x [tokens, columns] and out [tokens, rows] of dtype float32 or bfloat16. "
-               "See rsvlm_infer.ops.weight_matmul.");
+    const char* call = "Addresses of contiguous x [tokens, columns] and out [tokens, rows]. See rsvlm_infer.ops.weight_matmul.";
+    py::class_<WeightMatmul>(module, "WeightMatmul",
+                             "The product with one weight, whose layout at this address must outlive it.")
+        .def(py::init<const std::string&, std::int64_t, std::int64_t, bool, Address>(), py::kw_only(), py::arg("kind"),
+             py::arg("rows"), py::arg("columns"), py::arg("wide_scales"), py::arg("layout"))
+        .def("float32", &WeightMatmul::run<Element::kFloat32>, py::arg("x"), py::arg("tokens"), py::arg("out"), call)
+        .def("bfloat16", &WeightMatmul::run<Element::kBfloat16>, py::arg("x"), py::arg("tokens"), py::arg("out"), call);
 }
 
 }  // namespace rsvlm::python

@@ -5,27 +5,51 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from ..contract import PRECISIONS
 from ..errors import BackendError, MissingDependencyError
-from .base import Backend, Embeddings, GreedyBackend, ImageFeatures, Prompt, Query
+from ..hardware import native_why_not
+from ..models.native_package import is_native_package, read_manifest
+from ..models.package import Package, is_package
+from .base import Backend, DraftingBackend, Embeddings, GreedyBackend, ImageFeatures, Prompt, Query
 
-__all__ = ["BACKENDS", "Backend", "Embeddings", "GreedyBackend", "ImageFeatures", "Prompt", "Query", "load_backend", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "DraftingBackend",
+    "Embeddings",
+    "GreedyBackend",
+    "ImageFeatures",
+    "Prompt",
+    "Query",
+    "load_backend",
+    "why_not",
+]
 
 # Backend -> precisions, in order of preference. Preference is data; capability is why_not().
 BACKENDS: dict[str, tuple[str, ...]] = {
     "eager": ("float32", "bfloat16", "float16"),
+    "native": ("fp32", "bf16", "int8", "int4"),  # of the package that it reads; "auto" takes it for one
     # after eager, so "auto" does not choose it: no GPU has run it yet; int8 and int4: weights of the language model's layers
     "cuda": ("bfloat16", "float16", "float32", "int8", "int4"),
+    "onnx": PRECISIONS,  # reads exported packages, which nothing else does; the package decides its precision
 }
 
 
 def why_not(name: str) -> str | None:
-    """Why this backend cannot run here; None when it can.
+    """Why this backend cannot run here; None when it can. `onnx:cuda` asks for a provider of onnxruntime; `onnx` is its CPU.
 
     Raises:
         BackendError: no such backend.
     """
+    name, _, _ = name.partition(":") if name.startswith("onnx:") else (name, "", "")
     if name not in BACKENDS:
         raise BackendError(f'backend must be "auto" or one of {sorted(BACKENDS)}, got {name!r}; choose one of them')
+    if name == "native":
+        return native_why_not()
+    if name == "onnx":
+        from .onnx import why_not as onnx_why_not
+
+        return onnx_why_not()
     if importlib.util.find_spec("torch") is None:
         return 'torch is not installed; run pip install "rsvlm-infer[torch]"'
     if name == "cuda":
@@ -36,18 +60,29 @@ def why_not(name: str) -> str | None:
 
 
 def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") -> Backend:
-    """Loads a checkpoint folder into a backend.
+    """Loads a checkpoint folder, or an exported package, into a backend.
 
     Args:
-        path: checkpoint folder. name: "auto" = the first backend that can run. precision: "auto" = the backend's first.
+        path: checkpoint or package folder. name: "auto" = the package's backend, else the first that can run. precision: "auto" =
+            the package's, else the backend's first.
 
     Raises:
-        BackendError: an unknown backend or precision. MissingDependencyError: none can run here. CheckpointError: a bad folder.
+        BackendError: an unknown backend or precision, or one that does not read this kind of folder. MissingDependencyError: none can
+            run here. CheckpointError: a bad folder.
     """
-    chosen = next(iter(BACKENDS)) if name == "auto" else name
+    reader = "native" if is_native_package(path) else "onnx" if is_package(path) else None
+    chosen = (reader or next(iter(BACKENDS))) if name == "auto" else name
     reason = why_not(chosen)
     if reason is not None:
         raise MissingDependencyError(f"backend {chosen!r} cannot run here: {reason}")
+    asked = chosen.partition(":")[0]
+    if (asked if asked in ("native", "onnx") else None) != reader:
+        raise BackendError(
+            f"backend {chosen!r} does not read {path}, which is {'a checkpoint' if reader is None else f'a package for {reader!r}'}; "
+            + (f'use {reader!r} or "auto"' if reader else "export it first with `rsvlm export`, or use another backend")
+        )
+    if reader is not None:
+        return _load_package(Path(path), chosen, precision)
     precisions = BACKENDS[chosen]
     if precision != "auto" and precision not in precisions:
         raise BackendError(
@@ -61,3 +96,18 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
     from .eager import EagerBackend
 
     return EagerBackend.load(Path(path), precision)
+
+
+def _load_package(path: Path, name: str, precision: str) -> Backend:
+    own = read_manifest(path)["precision"] if name == "native" else Package.open(path).precision
+    if precision not in ("auto", own):
+        raise BackendError(
+            f'precision of this package is {own}, asked was {precision!r}; use "auto", or export it with --precision {precision}'
+        )
+    if name == "native":
+        from .native import NativeBackend
+
+        return NativeBackend.load(path)
+    from .onnx import OnnxBackend
+
+    return OnnxBackend.load(path, name.partition(":")[2] or "cpu")

@@ -85,6 +85,17 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class DraftingBackend(Protocol):
+    """What a backend may have besides: several tokens of a row in one step, with the bits that single steps would give."""
+
+    def decode_drafts(self, cache: Any, token_ids: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
+        """Feeds each row its next tokens; logits [tokens, V] of each row. The cache's length stays as it was until `accept`."""
+
+    def accept(self, cache: Any, counts: Sequence[int]) -> None:
+        """Of the tokens of the last `decode_drafts`, the first `counts` of each row stay."""
+
+
+@runtime_checkable
 class GreedyBackend(Backend, Protocol):
     """A backend that can also choose the most likely token where its logits are, so that only token ids cross to the host."""
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..backends import BACKENDS
 from ..errors import InputError, MissingDependencyError, RsvlmError
+from ..models.package import is_package
 from ..pipeline import default_checkpoint
 from .accuracy import measure_accuracy
 from .compare import Comparison, Rule, compare, refuse, setting_differences
@@ -150,10 +151,14 @@ def _run_bench(options: argparse.Namespace, arguments: Sequence[str], rules: lis
     if options.source is not None:
         report = read_report(options.source)
     else:
-        rows = plan_rows(
-            options.backend or [DEFAULT_BACKEND], options.precision or DEFAULT_PRECISIONS, options.scenario or SCENARIOS
-        )
         work, here = _workload(options, DEFAULT_LIMIT, errors), environment(arguments)
+        packaged = is_package(work.checkpoint)  # it has one precision, its own, and runs on one backend
+        rows = plan_rows(
+            options.backend or ["onnx" if packaged else DEFAULT_BACKEND],
+            options.precision or (["auto"] if packaged else DEFAULT_PRECISIONS),
+            options.scenario or SCENARIOS,
+            baseline=not packaged,
+        )
         if older is not None:  # before minutes are spent on a result that cannot be compared
             refuse(setting_differences(Report(here, describe(work), ()), older), force=options.force)
         report = run_rows(work, rows, here, errors)

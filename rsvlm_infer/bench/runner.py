@@ -40,8 +40,12 @@ class Outcome:
     logits: npt.NDArray[np.float32]  # [n, V], [0, 0] when it failed
 
 
-def plan_rows(backends: Sequence[str], precisions: Sequence[str], scenarios: Sequence[str]) -> list[tuple[str, str, str]]:
+def plan_rows(
+    backends: Sequence[str], precisions: Sequence[str], scenarios: Sequence[str], *, baseline: bool = True
+) -> list[tuple[str, str, str]]:
     """(backend, precision, scenario) to measure: the baseline first in each scenario, whether it was asked for or not.
+
+    baseline: False for an exported package, which the baseline's backend cannot read.
 
     Raises:
         InputError: an unknown scenario.
@@ -49,7 +53,9 @@ def plan_rows(backends: Sequence[str], precisions: Sequence[str], scenarios: Seq
     unknown = sorted(set(scenarios) - set(SCENARIOS))
     if unknown:
         raise InputError(f"scenario must be one of {list(SCENARIOS)}, got {unknown}; choose one of them")
-    pairs = dict.fromkeys([BASELINE, *((backend, precision) for backend in backends for precision in precisions)])
+    pairs = dict.fromkeys(
+        [*([BASELINE] if baseline else []), *((backend, precision) for backend in backends for precision in precisions)]
+    )
     return [(*pair, scenario) for scenario in dict.fromkeys(scenarios) for pair in pairs]
 
 

@@ -23,6 +23,7 @@ from . import options as opt
 from .console import EXIT_ERROR, EXIT_OK, exit_code, set_up_logging, terminal
 from .embeddings import EmbeddingRows, check_output, write_embeddings
 from .evaluation import evaluate
+from .export import export, verify
 from .inspect import checkpoint_report, doctor_report, planning_config
 from .knowledge import knowledge_app
 
@@ -270,10 +271,12 @@ def plan(
 
 @command
 def info(
-    checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder; default is the one `rsvlm pull` makes.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Checkpoint or package folder; default is the one `rsvlm pull` makes.")
+    ] = None,
     output_format: opt.OutputFormat = opt.Format.text,
 ) -> int:
-    """What a checkpoint holds: modules, config, files with sizes and sha256, and which of them are damaged."""
+    """What a checkpoint or package holds: modules, config, files with sizes and sha256, which are damaged, and its certificate."""
     with _console.working("reading the checkpoint"):
         report = checkpoint_report(checkpoint)
     _console.json(report.values) if output_format is opt.Format.json else _console.data(report.text)
@@ -293,6 +296,8 @@ def doctor(output_format: opt.OutputFormat = opt.Format.text) -> int:
 
 
 command(evaluate, "eval")
+command(export)
+command(verify)
 
 
 _FORWARD: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

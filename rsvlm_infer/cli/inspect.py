@@ -8,10 +8,13 @@ from typing import Any
 
 from .. import backends, hardware
 from ..config import RsvlmConfig
+from ..contract import MANIFEST
 from ..errors import CheckpointError
 from ..models.checkpoint import DELTA_FILE, CheckpointFolder, sha256_of
 from ..models.layouts import detect_layout
 from ..models.load import read_config
+from ..models.native_package import NativePackage, is_native_package
+from ..models.package import Package, is_package
 from ..pipeline import DEFAULT_NAME, default_checkpoint
 
 PACKAGED_CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -49,14 +52,12 @@ def checkpoint_report(checkpoint: Path | None) -> Report:
         CheckpointError: no such folder. ConfigError: a bad config.
     """
     folder = _folder(default_checkpoint() if checkpoint is None else checkpoint)
+    if is_package(folder):
+        return _package_report(Package.open(folder))
     opened = CheckpointFolder.open(folder)
     layout = detect_layout(opened)
     config = read_config(folder)
-    files: list[dict[str, Any]] = [
-        {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
+    files = _files(folder)
     total = sum(entry["bytes"] for entry in files)
     parts = modules(config)
     lines = [
@@ -65,10 +66,7 @@ def checkpoint_report(checkpoint: Path | None) -> Report:
         f"tiling      {config.tiling}",
         f"size        {_size(total)}",
     ]
-    lines += ["", "modules"]
-    lines += [f"  {name:<13} {text or 'off'}" for name, text in parts.items()]
-    lines += ["", "files"]
-    lines += [f"  {entry['sha256']}  {_size(entry['bytes']):>10}  {entry['file']}" for entry in files]
+    lines += _parts_and_files(parts, files)
     damaged = _damages(opened, {entry["file"]: entry["sha256"] for entry in files})
     if damaged:
         lines += ["", *(f"damaged: {damage}" for damage in damaged)]
@@ -86,11 +84,81 @@ def checkpoint_report(checkpoint: Path | None) -> Report:
     return Report(values, "\n".join(lines), problem if damaged else None)
 
 
+def _files(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+
+
+def _parts_and_files(parts: dict[str, str | None], files: list[dict[str, Any]]) -> list[str]:
+    lines = ["", "modules", *(f"  {name:<13} {text or 'off'}" for name, text in parts.items())]
+    return [*lines, "", "files", *(f"  {entry['sha256']}  {_size(entry['bytes']):>10}  {entry['file']}" for entry in files)]
+
+
+def _package_report(package: Package) -> Report:
+    """Precision, graphs, layers that were kept finer than asked, files and certificate of an exported package."""
+    files, manifest = _files(package.path), package.manifest
+    total = sum(entry["bytes"] for entry in files)
+    parts = modules(package.config)
+    finer = [layer for layer in manifest.get("layers", []) if layer.get("kept") != layer.get("asked")]
+    lines = [
+        f"package     {package.path}",
+        f"kind        {manifest['kind']}, format version {manifest['version']}",
+        f"precision   {package.precision}",
+        f"model       {manifest.get('model', {}).get('sha256')}",
+        f"tiling      {package.config.tiling}",
+        f"size        {_size(total)}",
+        f"certificate {_certificate_line(package)}",
+    ]
+    lines += ["", "graphs", *(f"  {name}" for name in manifest["graphs"])]
+    if finer:
+        lines += ["", "layers kept finer", *(f"  {layer['name']:<24} {layer['kept']}" for layer in finer)]
+    lines += _parts_and_files(parts, files)
+    damaged = package.damages()
+    if damaged:
+        lines += ["", *(f"damaged: {damage}" for damage in damaged)]
+    values = {
+        "package": str(package.path),
+        "manifest": manifest,
+        "certificate": package.certificate,
+        "modules": parts,
+        "tiling": package.config.tiling,
+        "bytes": total,
+        "files": files,
+        "damaged": damaged,
+        "config": package.config.to_dict(),
+    }
+    problem = f"package {package.path} is damaged: {'; '.join(damaged)}; export it again with `rsvlm export`"
+    return Report(values, "\n".join(lines), problem if damaged else None)
+
+
+def _certificate_line(package: Package) -> str:
+    """Verdict and date, and whether the package is still the one that was verified."""
+    values = package.certificate
+    if values is None:
+        return "none; run `rsvlm verify`"
+    if values.get("manifest_sha256") != sha256_of(package.path / MANIFEST):
+        return "of another package; run `rsvlm verify` again"
+    failures = "; ".join(str(failure) for failure in values.get("failures", []))
+    sample = values.get("sample", {})
+    verdict = "passed" if values.get("passed") else f"FAILED, written by force: {failures}"
+    return f"{verdict} ({values.get('date')}, {sample.get('images')} images of {sample.get('set')})"
+
+
 def _damages(folder: CheckpointFolder, hashes: dict[str, str]) -> list[str]:
-    """What `delta.json` says and the files do not, a line each; `hashes` is sha256 by file. Empty when there is no delta.
+    """What `delta.json` (or a package's manifest) says and the files do not, a line each; `hashes` is sha256 by file. Empty when
+    there is neither.
 
     The file is read here by hand, because `CheckpointFolder.delta` stops at the first missing file.
     """
+    if is_native_package(folder.path):
+        try:
+            NativePackage.open(folder.path)
+        except CheckpointError as error:
+            return [str(error)]
+        return []
     values = folder.read_json(DELTA_FILE)
     if values is None:
         return []

@@ -9,24 +9,34 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.base import Backend, GreedyBackend, Prompt
+from ..backends.base import Backend, DraftingBackend, GreedyBackend, Prompt
 from ..errors import InputError
 from .checks import check_integer
 from .choices import ChoiceTrie
+from .drafts import DraftCounts, Drafter
 from .request import ChoiceScores, FinishReason, Request, TokenEvent
 from .sampling import choose_token, log_softmax
 
+DRAFT_ROWS = 8  # rows of one step with guesses; beyond, the step is bound by arithmetic, and a guess costs what it saves
+
 
 class Engine:
-    """Generates with one backend; at most `max_batch` rows share a KV cache."""
+    """Generates with one backend; at most `max_batch` rows share a KV cache.
 
-    def __init__(self, backend: Backend, max_batch: int = 16) -> None:
+    A backend that can check several tokens of a row in one step gets up to `draft_tokens` guesses per row. What is generated does
+    not change: a guess only counts when the model chooses it too. `drafts` counts how many did; 0 turns guessing off.
+    """
+
+    def __init__(self, backend: Backend, max_batch: int = 16, draft_tokens: int = 3) -> None:
         check_integer("max_batch", max_batch)
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}; raise it")
         self.backend = backend
         self._chooser = backend if isinstance(backend, GreedyBackend) else None
         self.max_batch = max_batch
+        self._drafting = backend if isinstance(backend, DraftingBackend) and draft_tokens > 0 else None
+        self.draft_tokens = draft_tokens
+        self.drafts = DraftCounts()
 
     def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
         """Tokens of all requests as they are chosen; each request's last event is `finished`.
@@ -48,11 +58,13 @@ class Engine:
             started = time.perf_counter()
             queue_ms = (started - called) * 1e3
             logits, cache = self.backend.prefill([row.request.prompt for row in rows], capacity)  # [B, V]
-            chosen = [row.choose(logits[i]) for i, row in enumerate(rows)]
+            chosen = [[row.choose(logits[i])] for i, row in enumerate(rows)]
             while True:
                 step_ms = (time.perf_counter() - started) * 1e3
-                for row, token_id in zip(rows, chosen, strict=True):
-                    yield TokenEvent(row.index, token_id, step_ms, row.finish_reason, queue_ms)
+                for row, tokens in zip(rows, chosen, strict=True):
+                    for place, token_id in enumerate(tokens, start=1):
+                        reason = row.finish_reason if place == len(tokens) else None
+                        yield TokenEvent(row.index, token_id, step_ms / len(tokens), reason, queue_ms)
 
                 started = time.perf_counter()
                 alive = [i for i, row in enumerate(rows) if row.finish_reason is None]
@@ -61,18 +73,29 @@ class Engine:
                 if len(alive) < len(rows):
                     cache = self.backend.keep(cache, alive)
                     rows = [rows[i] for i in alive]
-                chosen = self._step(rows, cache, np.array([chosen[i] for i in alive], dtype=np.int32))
+                chosen = self._step(rows, cache, np.array([chosen[i][-1] for i in alive], dtype=np.int32))
 
-    def _step(self, rows: list[_Row], cache: Any, token_ids: npt.NDArray[np.int32]) -> list[int]:
-        """Feeds `token_ids` [B]; the next token of every row. When all are greedy and the backend can, logits stay where they are.
+    def _step(self, rows: list[_Row], cache: Any, token_ids: npt.NDArray[np.int32]) -> list[list[int]]:
+        """Feeds `token_ids` [B], and guesses behind them; the next tokens of every row, one without guesses.
 
-        One step per call: a row may end at any token, and a step after its end costs more than reading a few ids.
+        When all rows are greedy and the backend can, logits stay where they are. One step per call: a row may end at any token, and a
+        step after its end costs more than reading a few ids.
         """
+        if self._drafting is not None:
+            free = min(self.draft_tokens, DRAFT_ROWS // len(rows) - 1)
+            drafts = [row.guess(free) for row in rows]
+            if any(drafts):
+                fed = [(int(token), *draft) for token, draft in zip(token_ids, drafts, strict=True)]
+                checked = self._drafting.decode_drafts(cache, fed)  # [1 + guesses, V] of each row
+                taken = [row.take(own, draft) for row, own, draft in zip(rows, checked, drafts, strict=True)]
+                self._drafting.accept(cache, [len(tokens) for tokens in taken])
+                self.drafts.record(sum(map(len, drafts)), sum(map(len, taken)) - len(taken))
+                return taken
         if self._chooser is not None and all(row.request.greedy for row in rows):
             ids = self._chooser.decode_greedy(cache, token_ids, 1)[:, 0]
-            return [row.accept(int(token_id)) for row, token_id in zip(rows, ids, strict=True)]
+            return [[row.accept(int(token_id))] for row, token_id in zip(rows, ids, strict=True)]
         logits = self.backend.decode(cache, token_ids)  # [B, V]
-        return [row.choose(logits[i]) for i, row in enumerate(rows)]
+        return [[row.choose(logits[i])] for i, row in enumerate(rows)]
 
     def score_choices(self, prompt: Prompt, choices: Sequence[Sequence[int]]) -> ChoiceScores:
         """Mean log-probability per token of each choice after one prompt, by teacher forcing.
@@ -160,6 +183,21 @@ class _Row:
         self.count = 0
         self.generator = np.random.default_rng(request.seed)
         self.node = None if request.allowed is None else ChoiceTrie(request.allowed).root
+        self.drafter = Drafter(request.token_ids.tolist(), request.hints)
+
+    def guess(self, count: int) -> tuple[int, ...]:
+        """At most `count` guesses, none that the row has no room for."""
+        return self.drafter.guess(min(count, self.request.max_new_tokens - self.count - 1)) if count > 0 else ()
+
+    def take(self, logits: npt.NDArray[np.float32], draft: tuple[int, ...]) -> list[int]:
+        """Chooses from logits [1 + guesses, V] of the last token and of `draft`, as long as guesses come true."""
+        tokens = [self.choose(logits[0])]
+        for guess, following in zip(draft, logits[1:], strict=True):
+            if self.finish_reason is not None or tokens[-1] != guess:
+                break
+            tokens.append(self.choose(following))
+        self.drafter.record(len(draft), len(tokens) - 1)
+        return tokens
 
     def choose(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token id from logits [V]; see `accept`."""
@@ -170,6 +208,7 @@ class _Row:
         """Takes this token as the row's next one and gives it back; sets `finish_reason` when it is the last one."""
         request = self.request
         self.count += 1
+        self.drafter.add(token_id)
         if self.node is not None:
             self.node = self.node.children.get(token_id)
             if self.node is None or not self.node.children:

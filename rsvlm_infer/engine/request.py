@@ -30,6 +30,7 @@ class Request:
     stop_ids end the answer and are not part of it. `on_token` sees every other token and returns True to stop after it;
     this is how stop strings work without the engine knowing text.
     allowed: when given, the answer is exactly one of these token sequences.
+    hints: token ids of texts whose words the answer may repeat; they change its speed at most, never the answer.
 
     Raises:
         InputError: any value out of its range.
@@ -44,6 +45,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     on_token: Callable[[int], bool] | None = None
     allowed: tuple[tuple[int, ...], ...] | None = None
+    hints: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.token_ids.ndim != 1 or self.token_ids.size == 0:

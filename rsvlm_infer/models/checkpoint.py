@@ -349,7 +349,7 @@ def save_checkpoint(
             shutil.copytree(knowledge, temporary / "knowledge")
         if card is not None:
             (temporary / "MODEL_CARD.md").write_text(card, encoding="utf-8")
-        _replace_folder(temporary, target)
+        replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -369,7 +369,8 @@ def _save_tensors(state_dict: Mapping[str, Any], path: Path) -> None:
         save_torch({name: value.detach().cpu().contiguous().clone() for name, value in state_dict.items()}, path)
 
 
-def _replace_folder(temporary: Path, target: Path) -> None:
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Renames a finished folder to its place; what stood there goes when the new one is in."""
     if not target.exists():
         temporary.rename(target)
         return

@@ -18,6 +18,8 @@ from ..errors import CheckpointError, MissingDependencyError
 from .checkpoint import CheckpointFolder, open_weights, sha256_of
 from .layouts import detect_layout
 from .layouts.base import Weights
+from .native_package import is_native_package, package_embedder, read_manifest
+from .package import Package, is_package
 from .weight_tables import RSVLM, Assignment, Rule, assign
 
 if TYPE_CHECKING:
@@ -69,9 +71,15 @@ def read_config(path: str | Path) -> RsvlmConfig:
 def embedder_digest(path: str | Path) -> str:
     """Hex sha256 that names how a checkpoint embeds text: of its weight files and its text template. Reads all weights.
 
+    An exported package has the digest of its checkpoint: it embeds into the same space, as nearly as its certificate says.
+
     Raises:
         CheckpointError, ConfigError: see `read_config`.
     """
+    if is_package(path):
+        return Package.open(path).embedder
+    if is_native_package(path):  # it embeds like the checkpoint that it was made from
+        return package_embedder(read_manifest(Path(path)))
     folder = CheckpointFolder.open(path)
     layout = detect_layout(folder)
     config = layout.config(folder)
@@ -100,6 +108,8 @@ def load_checkpoint(path: str | Path, *, dtype: str = "float32", implementation:
     layout = detect_layout(folder)
     config = layout.config(folder)
     verified = folder.verify()
+    if is_package(path):
+        raise CheckpointError(f'{path} is an exported package, which holds graphs and no weights to load; use backend "onnx"')
     _check_depth(config)
     weights = layout.weights(folder, config)
     with torch.inference_mode(False):  # a caller's inference mode would make weights that can never be trained

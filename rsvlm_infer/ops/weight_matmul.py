@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -74,8 +75,55 @@ def pack_weight(weight: Tensor, kind: Kind, *, scale_dtype: torch.dtype = torch.
     return PackedWeight(kind, codes.contiguous(), scales.contiguous())
 
 
+def join_weights(parts: Sequence[PackedWeight]) -> PackedWeight:
+    """One [sum of Out, In] weight whose product is the parts' products side by side, in their order and with their bits.
+
+    For layers that read the same x, as q, k and v, or gate and up: one call instead of several, which matters where a call
+    costs as much as reading a small weight. `split_with_sizes` takes the product apart again by the parts' Out.
+
+    Raises:
+        InputError: no part, parts that differ in more than Out, or a part without codes.
+    """
+    if not parts:
+        raise InputError("parts must hold at least one packed weight, got none; pass what pack_weight gave")
+    kinds = set()
+    for part in parts:
+        check_codes(part)
+        scale = None if part.scales is None else part.scales.dtype
+        kinds.add(f"{part.kind} of In {part.shape[1]} with scales {scale} on {part.codes.device}")
+    if len(kinds) > 1:
+        raise InputError(f"parts must be of one kind, In, scale dtype and device, got {sorted(kinds)}; join those that agree")
+    scales = [part.scales for part in parts if part.scales is not None]
+    return PackedWeight(parts[0].kind, torch.cat([part.codes for part in parts]), torch.cat(scales) if scales else None)
+
+
+def without_codes(packed: PackedWeight) -> PackedWeight:
+    """The same weight once an implementation has laid it out: its layouts stay, the memory of codes and scales is given back.
+
+    Eager and other implementations then refuse it.
+
+    Raises:
+        InputError: no layout to fall back on.
+    """
+    if not packed.layouts:
+        raise InputError("packed must have a layout before its codes can go, got none; call an implementation that keeps one")
+    scales = None if packed.scales is None else packed.scales.to("meta")
+    return replace(packed, codes=packed.codes.to("meta"), scales=scales)
+
+
+def check_codes(packed: PackedWeight) -> None:
+    """Raises InputError when the codes were given up."""
+    if packed.codes.is_meta:
+        raise InputError(f"packed must have its codes, got layouts of {sorted(packed.layouts)} alone; use those or pack again")
+
+
 def dequantise(packed: PackedWeight) -> Tensor:
-    """[Out, In] float32, exact: code · scale has at most 8 + 11 significant bits with float16 scales."""
+    """[Out, In] float32, exact: code · scale has at most 8 + 11 significant bits with float16 scales.
+
+    Raises:
+        InputError: a weight without codes.
+    """
+    check_codes(packed)
     if packed.scales is None:
         return packed.codes.float()
     codes = packed.codes

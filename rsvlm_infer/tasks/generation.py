@@ -77,6 +77,7 @@ def build_request(
         stop_ids=config.eos_token_ids,
         on_token=text.accept,
         allowed=allowed,
+        hints=tuple(tuple(tokenizer.encode(f" {cue}")) for cue in features.cues),  # as words inside of a sentence
     )
     return request, text
 

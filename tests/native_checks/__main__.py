@@ -109,7 +109,7 @@ def compile_bindings(compiler: str, flags: Sequence[str], folder: Path) -> list[
 
 def build_runner(compiler: str, flags: Sequence[str], folder: Path) -> Path:
     """The program that runs recorded cases, from the same sources as the extension."""
-    sources = sorted(source for part in ("ops", "cpu", "checks") for source in (CSRC / part).glob("*.cpp"))
+    sources = sorted(source for part in ("ops", "cpu", "model", "checks") for source in (CSRC / part).glob("*.cpp"))
     program = folder / "run_cases"
     demand([compiler, *flags, *compile_all(compiler, flags, sources, folder), "-o", program])
     return program

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsvlm_infer.errors import InputError
+from rsvlm_infer.kernels.native.weight_matmul import lay_out_weights
 from rsvlm_infer.kernels.native.weight_matmul import weight_matmul as native
 from rsvlm_infer.ops.registry import resolve
-from rsvlm_infer.ops.weight_matmul import PackedWeight, dequantise, pack_weight, weight_matmul
+from rsvlm_infer.ops.weight_matmul import PackedWeight, dequantise, join_weights, pack_weight, weight_matmul, without_codes
 from tests.native import limited_to, needs_native, per_instruction_set, threads
 from tests.parity import AWKWARD_LENGTHS, assert_parity, assert_same_bits
 
@@ -68,6 +69,29 @@ def test_what_cannot_be_packed() -> None:
             pack_weight(*arguments)
     with pytest.raises(InputError, match=r"x must be \[..., 32\] for this weight, got \[1, 33\]"):
         weight_matmul(torch.zeros(1, 33), pack_weight(torch.zeros(1, 32), "int4"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_weights_give_the_parts_products_side_by_side(kind: str) -> None:
+    parts = [pack_weight(_random(seed, rows, 96), kind) for seed, rows in enumerate((5, 32, 70))]
+    x = _random(9, 2, 3, 96).double()
+    joined = join_weights(parts)
+    assert joined.shape == (107, 96)
+    assert_same_bits(dequantise(joined), torch.cat([dequantise(part) for part in parts]))
+    apart = torch.cat([weight_matmul(x, part) for part in parts], dim=-1)
+    torch.testing.assert_close(weight_matmul(x, joined), apart, atol=1e-12, rtol=0)
+
+
+def test_what_cannot_be_joined() -> None:
+    eight, four = pack_weight(torch.ones(1, 64), "int8"), pack_weight(torch.ones(1, 64), "int4")
+    for parts, message in (
+        ([], "at least one packed weight"),
+        ([eight, four], "one kind, In, scale dtype and device"),
+        ([eight, pack_weight(torch.ones(1, 32), "int8")], "int8 of In 32"),
+        ([eight, pack_weight(torch.ones(1, 64), "int8", scale_dtype=torch.float32)], "scales torch.float32"),
+    ):
+        with pytest.raises(InputError, match=message):
+            join_weights(parts)
 
 
 def _twice_as_wrong(isa: str, tokens: int, dtype: torch.dtype, packed: PackedWeight) -> None:
@@ -127,6 +151,44 @@ def test_native_gives_the_same_bits_always(isa: str, dtype: torch.dtype, kind: s
         assert_same_bits(native(x[:10].view(2, 5, 576), packed).flatten(0, 1), together[:10])
         assert_same_bits(native(x[0], packed), together[0])
         assert native(x[:0], packed).shape == (0, 700)
+
+
+@per_instruction_set
+@pytest.mark.parametrize("dtype", EPSILONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_gives_joined_weights_the_bits_of_their_parts(isa: str, dtype: torch.dtype, kind: str) -> None:
+    parts, x = [pack_weight(_random(seed, rows, 576), kind) for seed, rows in enumerate((576, 192, 13))], _random(9, 3, 576)
+    x = x.to(dtype)
+    with limited_to(isa):
+        for run in range(20):
+            with threads(1 + run % 3):
+                products = native(x, join_weights(parts)).split_with_sizes([576, 192, 13], -1)
+            for product, part in zip(products, parts, strict=True):
+                assert_same_bits(product.contiguous(), native(x, part))
+
+
+@needs_native
+def test_a_laid_out_weight_can_give_up_its_codes() -> None:
+    weights, x = [pack_weight(_random(seed, 700, 576), kind) for seed, kind in enumerate(KINDS)], _random(9, 2, 576)
+    expected = [native(x, packed) for packed in weights]
+    with pytest.raises(InputError, match="packed must have a layout before its codes can go"):
+        without_codes(pack_weight(torch.ones(1, 32), "int4"))
+    places = [weight.memory.data_ptr() for weight in lay_out_weights(weights)]
+    assert [place % 64 for place in places] == [0, 0, 0]
+    light = [without_codes(packed) for packed in weights]
+    del weights
+    for packed, same in zip(light, expected, strict=True):
+        assert packed.shape == (700, 576)
+        assert_same_bits(native(x, packed), same)
+        for refuses in (
+            lambda p=packed: weight_matmul(x, p),
+            lambda p=packed: join_weights([p]),
+            lambda p=packed: lay_out_weights([p]),
+        ):
+            with pytest.raises(InputError, match=r"packed must have its codes, got layouts of \['native'\] alone"):
+                refuses()
+    with pytest.raises(InputError, match=r"x must be \[..., 576\] for this weight, got \[1, 32\]"):
+        native(_random(1, 1, 32), light[0])
 
 
 @per_instruction_set

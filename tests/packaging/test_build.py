@@ -24,6 +24,7 @@ def source_copy(tmp_path: Path) -> Path:
     shutil.copytree(REPOSITORY / "csrc", target / "csrc")
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(REPOSITORY / "rsvlm_infer", target / "rsvlm_infer", ignore=ignored)
+    shutil.copytree(REPOSITORY / "export", target / "export", ignore=ignored)
     return target
 
 
@@ -44,6 +45,7 @@ def test_installs_without_a_compiler(source_copy: Path, tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert not any(name.endswith(".so") for name in names)
     assert {"rsvlm_infer/py.typed", "rsvlm_infer/_C.pyi", "rsvlm_infer/__init__.py"} <= names
+    assert {"rsvlm_export/py.typed", "rsvlm_export/contract.py", "rsvlm_export/onnx/builder.py"} <= names
     shipped = [path.relative_to(REPOSITORY) for path in (REPOSITORY / "rsvlm_infer").rglob("*") if path.is_file()]
     missing = {
         path.as_posix() for path in shipped if path.suffix not in (".so", ".pyc", ".pyd") and "__pycache__" not in path.parts

@@ -14,10 +14,17 @@ pytestmark = pytest.mark.skipif(native_why_not() is not None, reason=str(native_
 
 
 def stub_signatures(path: Path) -> dict[str, list[str]]:
+    """Functions by name, methods by Class.name."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    assert all(not node.args.args and not node.args.posonlyargs for node in functions), "every argument is keyword-only"
-    return {node.name: [argument.arg for argument in node.args.kwonlyargs] for node in functions}
+    signatures = {}
+    for scope in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))):
+        prefix, implied = ("", []) if isinstance(scope, ast.Module) else (f"{scope.name}.", ["self"])
+        for node in scope.body:
+            if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+                arguments = [argument.arg for argument in node.args.posonlyargs + node.args.args]
+                assert arguments == implied, f"every argument of {prefix}{node.name} is keyword-only"
+                signatures[prefix + node.name] = [argument.arg for argument in node.args.kwonlyargs]
+    return signatures
 
 
 def split_arguments(text: str) -> list[str]:
@@ -39,12 +46,24 @@ def built_signatures() -> dict[str, list[str]]:
     for name in dir(_C):
         if name.startswith("_"):
             continue
-        first_line = (getattr(_C, name).__doc__ or "").splitlines()[0]  # pybind11 writes the signature there
-        match = re.fullmatch(r"(\w+)\((.*)\) -> .*", first_line)
-        assert match, first_line
-        arguments = [argument.split(":")[0] for argument in split_arguments(match.group(2))]
-        assert arguments == [] or arguments[0] == "*", f"{name} takes positional arguments: {first_line}"
-        signatures[name] = arguments[1:]
+        item = getattr(_C, name)
+        methods = {name: item}
+        if isinstance(item, type):
+            methods = {
+                f"{name}.{key}": value
+                for key, value in vars(item).items()
+                if callable(value) and (not key.startswith("_") or key == "__init__")
+            }
+        for key, function in methods.items():
+            first_line = (function.__doc__ or "").splitlines()[0]  # pybind11 writes the signature there
+            match = re.fullmatch(r"(\w+)\((.*)\) -> .*", first_line)
+            if key.endswith(".__init__") and match is None:
+                continue  # a class that only C++ makes
+            assert match, first_line
+            arguments = [argument.split(":")[0] for argument in split_arguments(match.group(2))]
+            arguments = arguments[1:] if isinstance(item, type) else arguments
+            assert arguments == [] or arguments[0] == "*", f"{key} takes positional arguments: {first_line}"
+            signatures[key] = arguments[1:]
     return signatures
 
 

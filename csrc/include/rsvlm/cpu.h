@@ -1,6 +1,7 @@
 // What this build can use of the CPU. Knows no op.
 #pragma once
 
+#include <cstddef>
 #include <string>
 
 // RSVLM_MULTIVERSION compiles a function once per instruction set and picks the best at load time, so that one binary
@@ -44,5 +45,9 @@ bool has_openmp();
 
 // Threads that a parallel region would use now; 1 without OpenMP.
 int num_threads();
+
+// Asks the system for huge pages (2 MiB) inside of this memory, before it is first written; where there are none, nothing
+// happens.
+void ask_for_huge_pages(void* memory, std::size_t bytes);
 
 }  // namespace rsvlm

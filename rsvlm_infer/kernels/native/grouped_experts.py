@@ -1,6 +1,6 @@
 """grouped_experts through rsvlm_infer._C: weights are read where they lie, activations stay transposed between the products.
 
-float32, and bfloat16 with float32 sums: slots are not rounded to bfloat16 before they are combined. Owns no arithmetic.
+float32, and bfloat16 with float32 sums; slots are rounded to bfloat16 once before they are combined, as eager does. Owns no arithmetic.
 """
 
 from __future__ import annotations

@@ -208,6 +208,14 @@ template <int Rows, int Vectors>
 inline __attribute__((always_inline)) void multiply_tile(const std::uint32_t* a, std::int64_t row_stride, std::int64_t step,
                                                          const float* b, std::int64_t count, Vec (&sums)[Rows][Vectors],
                                                          const char* ahead = nullptr) {
+    // Three rows hang on one pointer by x86's scaled index. Left to itself, GCC keeps an offset per row, runs out of registers
+    // and loads every second operand's address from the stack.
+    constexpr int kBases = (Rows + 2) / 3;
+    const std::uint32_t* bases[kBases];
+#pragma GCC unroll 8
+    for (int i = 0; i < kBases; ++i) {
+        bases[i] = a + 3 * i * row_stride;
+    }
     for (std::int64_t k = 0; k < count; ++k) {
         if (ahead != nullptr) {
             __builtin_prefetch(ahead + k * Rows * 4, 0, 2);
@@ -220,12 +228,17 @@ inline __attribute__((always_inline)) void multiply_tile(const std::uint32_t* a,
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) {
             int pair;  // copied, because a row of bfloat16 may start at any even address
-            std::memcpy(&pair, a + r * row_stride + k * step, sizeof(pair));
+            std::memcpy(&pair, bases[r / 3] + r % 3 * row_stride, sizeof(pair));
             const Vec value = _mm512_castsi512_ps(_mm512_set1_epi32(pair));
 #pragma GCC unroll 4
             for (int n = 0; n < Vectors; ++n) {
                 sums[r][n] = dot_pairs(sums[r][n], value, lanes[n]);
             }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kBases; ++i) {
+            bases[i] += step;
+            asm("" : "+r"(bases[i]));
         }
     }
 }

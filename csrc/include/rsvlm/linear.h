@@ -1,0 +1,56 @@
+// Products with the weights of a package, as they lie in its file. Knows no model, no file and no Python.
+#pragma once
+
+#include <cstdint>
+
+#include "rsvlm/weight_matmul.h"
+
+namespace rsvlm {
+
+enum class LinearKind { kFloat32, kBf16, kInt8, kInt4 };
+
+// One weight [rows, columns] in the layout of weight_matmul (scales float16); float32 lies as bf16 does, with wider values.
+struct Linear {
+    LinearKind kind = LinearKind::kFloat32;
+    std::int64_t rows = 0, columns = 0;
+    const char* layout = nullptr;
+    const float* bias = nullptr;  // [rows] or null
+};
+
+// Columns as the kernels read them: a multiple of 32, zeros behind the last one.
+inline std::int64_t padded_columns(std::int64_t columns) { return (columns + 31) / 32 * 32; }
+
+// Throws std::invalid_argument for a shape that the kind cannot hold.
+std::int64_t linear_layout_bytes(const Linear& linear);
+std::int64_t linear_block_bytes(const Linear& linear);
+// Blocks of 32 rows.
+inline std::int64_t linear_blocks(const Linear& linear) { return (linear.rows + 31) / 32; }
+
+// One row of the weight -> float32 [columns]; this is how a table of embeddings is read.
+void read_linear_row(const Linear& linear, std::int64_t row, float* to);
+
+// Few rows of x: blocks first..stop of the weight, read once whatever `tokens` is. For the calling thread alone.
+// x [tokens, padded_columns] -> out [tokens, linear.rows], columns 32 * first .. 32 * stop of it, bias added. `scratch` holds
+// few_scratch_floats. A row's bits depend on no other row and not on how blocks are dealt out.
+void multiply_few(const Linear& linear, const float* x, std::int64_t tokens, std::int64_t first, std::int64_t stop, float* out,
+                  float* scratch);
+std::int64_t few_scratch_floats(std::int64_t columns, std::int64_t tokens);
+
+// How rows of x are kept for multiply_many: bf16 where the CPU has its dot product and the weight is no float32.
+enum class Operand { kFloat32, kBf16 };
+Operand operand_of(LinearKind kind);
+
+// What happens to the products: out = xW + b, or out += scale * (xW + b).
+struct ManyRows {
+    const void* x;  // [tokens, padded_columns] of the operand
+    Operand operand;
+    std::int64_t tokens;
+    float* out;  // [tokens, out_stride]
+    std::int64_t out_stride;
+    bool add = false;
+    const float* scale = nullptr;  // [rows]; null = 1
+};
+// Many rows of x: each block is unpacked once per 240 rows. Bits as for multiply_few, but not the same bits. Uses all threads.
+void multiply_many(const Linear& linear, const ManyRows& call);
+
+}  // namespace rsvlm

@@ -1,0 +1,171 @@
+#include "rsvlm/linear.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "../ops/weight_matmul_kernel.h"
+#include "linear_kernel.h"
+#include "rsvlm/bfloat16.h"
+#include "rsvlm/cpu.h"
+#include "rsvlm/scratch.h"
+#include "threads.h"
+
+namespace rsvlm {
+namespace {
+
+constexpr std::int64_t kRowsAtOnce = 240;  // a multiple of 12 and 6; against 240 rows the unpacking of a block is one percent
+
+WeightShape shape_of(const Linear& linear) {
+    const WeightKind kind = linear.kind == LinearKind::kInt8   ? WeightKind::kInt8
+                            : linear.kind == LinearKind::kInt4 ? WeightKind::kInt4
+                                                               : WeightKind::kBf16;
+    return {kind, linear.rows, linear.columns, false};
+}
+
+struct LinearKernels {
+    void (*unpack)(const PanelPart&);
+    void (*multiply)(const TilePart&);
+    void (*floats)(const FewPart&);
+    void (*few)(const WeightPart&);
+};
+
+LinearKernels choose_kernels(LinearKind kind) {
+    switch (kernel_isa()) {
+#if RSVLM_X86_KERNELS
+        case Isa::kAvx512Bf16:
+            if (kind != LinearKind::kFloat32) {
+                return {avx512_bf16::unpack_panel, avx512_bf16::multiply_panel, nullptr,
+                        kind == LinearKind::kInt4 ? avx512_bf16::weight_matmul_part : avx512::weight_matmul_part};
+            }
+            [[fallthrough]];
+        case Isa::kAvx512:
+            return {avx512::unpack_panel, avx512::multiply_panel, avx512::multiply_floats, avx512::weight_matmul_part};
+        case Isa::kAvx2:
+            return {avx2::unpack_panel, avx2::multiply_panel, avx2::multiply_floats, avx2::weight_matmul_part};
+#endif
+        default:
+            (void)kind;
+            return {portable::unpack_panel, portable::multiply_panel, portable::multiply_floats, portable::weight_matmul_part};
+    }
+}
+
+bool takes_pairs(const Linear& linear) { return kernel_isa() == Isa::kAvx512Bf16 && linear.kind == LinearKind::kInt4; }
+
+// float16 to float32, exact.
+float widen_half(std::uint16_t half) {
+    const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7fff;
+    std::uint32_t bits = magnitude << 13;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    value *= 0x1p+112f;
+    std::memcpy(&bits, &value, sizeof(bits));
+    bits = (magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : bits) | sign;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+}  // namespace
+
+std::int64_t linear_block_bytes(const Linear& linear) {
+    const std::int64_t groups = padded_columns(linear.columns) / kWeightGroup;
+    return linear.kind == LinearKind::kFloat32 ? groups * kWeightGroup * kWeightRows * 4
+                                               : groups * weight_group_bytes(shape_of(linear));
+}
+
+std::int64_t linear_layout_bytes(const Linear& linear) {
+    weight_layout_bytes(shape_of(linear));  // refuses impossible shapes
+    return linear_blocks(linear) * linear_block_bytes(linear);
+}
+
+void read_linear_row(const Linear& linear, std::int64_t row, float* to) {
+    const std::int64_t lane = row % kWeightRows;
+    const char* block = linear.layout + row / kWeightRows * linear_block_bytes(linear);
+    if (linear.kind == LinearKind::kFloat32) {
+        for (std::int64_t column = 0; column < linear.columns; ++column) {
+            to[column] = reinterpret_cast<const float*>(block)[column * kWeightRows + lane];
+        }
+        return;
+    }
+    const WeightShape shape = shape_of(linear);
+    for (std::int64_t column = 0; column < linear.columns; ++column) {
+        const char* group = block + column / kWeightGroup * weight_group_bytes(shape);
+        const char* codes = group + weight_scale_bytes(shape);
+        const std::int64_t at = column % kWeightGroup;
+        if (linear.kind == LinearKind::kBf16) {
+            to[column] = widen(reinterpret_cast<const std::uint16_t*>(codes)[at * kWeightRows + lane]);
+            continue;
+        }
+        const float scale = widen_half(reinterpret_cast<const std::uint16_t*>(group)[lane]);
+        int code = 0;
+        if (linear.kind == LinearKind::kInt8) {
+            code = reinterpret_cast<const std::int8_t*>(codes)[at * kWeightRows + lane];
+        } else {
+            const std::uint32_t word = reinterpret_cast<const std::uint32_t*>(codes)[at / 8 * kWeightRows + lane];
+            code = static_cast<int>(word >> (at % 8 * 4) & 15) - 8;
+        }
+        to[column] = static_cast<float>(code) * scale;
+    }
+}
+
+std::int64_t few_scratch_floats(std::int64_t columns, std::int64_t tokens) { return padded_columns(columns) / 2 * tokens + 16; }
+
+void multiply_few(const Linear& linear, const float* x, std::int64_t tokens, std::int64_t first, std::int64_t stop, float* out,
+                  float* scratch) {
+    const LinearKernels kernels = choose_kernels(linear.kind);
+    const std::int64_t padded = padded_columns(linear.columns), first_row = first * kWeightRows;
+    const std::int64_t stop_row = std::min(stop * kWeightRows, linear.rows);
+    if (first_row >= stop_row) {
+        return;
+    }
+    const char* layout = linear.layout + first * linear_block_bytes(linear);
+    if (linear.kind == LinearKind::kFloat32) {
+        kernels.floats({x, reinterpret_cast<const float*>(layout), padded, tokens, stop - first, out + first_row, linear.rows,
+                        stop_row - first_row});
+    } else {
+        if (takes_pairs(linear)) {
+#if RSVLM_X86_KERNELS
+            avx512_bf16::pair_octets(x, tokens * padded, reinterpret_cast<std::uint32_t*>(scratch));
+#endif
+            x = scratch;
+        }
+        kernels.few({shape_of(linear), layout, x, tokens, padded / kWeightGroup, first_row, stop_row, out, Element::kFloat32});
+    }
+    if (linear.bias != nullptr) {
+        for (std::int64_t token = 0; token < tokens; ++token) {
+            for (std::int64_t row = first_row; row < stop_row; ++row) {
+                out[token * linear.rows + row] += linear.bias[row];
+            }
+        }
+    }
+}
+
+Operand operand_of(LinearKind kind) {
+    return kernel_isa() == Isa::kAvx512Bf16 && kind != LinearKind::kFloat32 ? Operand::kBf16 : Operand::kFloat32;
+}
+
+void multiply_many(const Linear& linear, const ManyRows& call) {
+    const LinearKernels kernels = choose_kernels(linear.kind);
+    const std::int64_t padded = padded_columns(linear.columns), blocks = linear_blocks(linear);
+    const std::int64_t pieces = (call.tokens + kRowsAtOnce - 1) / kRowsAtOnce;
+    const std::int64_t count = call.operand == Operand::kBf16 ? padded / 2 : padded;  // floats or pairs of a row
+    const int threads = num_threads();
+    const auto panel_bytes = static_cast<std::size_t>(padded * kWeightRows) * sizeof(float);
+    parallel_for(blocks * pieces, threads, [&](std::int64_t part, int) {
+        const std::int64_t block = part / pieces, token = part % pieces * kRowsAtOnce, row = block * kWeightRows;
+        const char* layout = linear.layout + block * linear_block_bytes(linear);
+        const float* panel = reinterpret_cast<const float*>(layout);
+        if (linear.kind != LinearKind::kFloat32) {
+            auto* scratch = static_cast<float*>(thread_scratch(panel_bytes));
+            kernels.unpack({linear.kind, layout, padded / kWeightGroup, scratch});
+            panel = scratch;
+        }
+        kernels.multiply({static_cast<const float*>(call.x) + token * count, count, std::min(kRowsAtOnce, call.tokens - token),
+                          count, panel, call.out + token * call.out_stride + row, call.out_stride,
+                          std::min(kWeightRows, linear.rows - row), linear.bias == nullptr ? nullptr : linear.bias + row,
+                          call.scale == nullptr ? nullptr : call.scale + row, call.add});
+    });
+}
+
+}  // namespace rsvlm

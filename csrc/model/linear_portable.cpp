@@ -1,0 +1,3 @@
+#include "rsvlm/simd/portable.h"
+
+#include "linear_kernel.h"

@@ -1,0 +1,202 @@
+// Decoder::prefill: many rows of prompts at once, as products of matrices.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../ops/varlen_tile_attention_kernel.h"
+#include "rows.h"
+#include "rsvlm/bfloat16.h"
+#include "rsvlm/decoder.h"
+#include "rsvlm/scratch.h"
+#include "threads.h"
+
+namespace rsvlm {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr std::int64_t kAttentionPiece = 96;  // queries that share one copy of keys and values
+constexpr std::int64_t kRowsAtOnce = 480;     // keeps the widest activation of the default model at 6 MB
+
+std::int64_t element_bytes(Element element) { return element == Element::kBfloat16 ? 2 : 4; }
+
+using AttentionKernel = void (*)(const AttentionPart&);
+
+AttentionKernel attention_kernel(Element element) {
+    const bool bf16 = element == Element::kBfloat16;
+    switch (kernel_isa()) {
+#if RSVLM_X86_KERNELS
+        case Isa::kAvx512Bf16:
+            return bf16 ? avx512_bf16::attention_part_bf16 : avx512::attention_part_fp32;
+        case Isa::kAvx512:
+            return bf16 ? avx512::attention_part_bf16 : avx512::attention_part_fp32;
+        case Isa::kAvx2:
+            return bf16 ? avx2::attention_part_bf16 : avx2::attention_part_fp32;
+#endif
+        default:
+            return bf16 ? portable::attention_part_bf16 : portable::attention_part_fp32;
+    }
+}
+
+// Neighbouring new tokens of one cache row; `first` counts them in the batch.
+struct Piece {
+    std::int64_t row, position, tokens, first;
+};
+
+}  // namespace
+
+void Decoder::prefill(KvCache& cache, const PrefillRow* rows, std::int64_t count, const float* embeddings, float* states) {
+    const std::lock_guard<std::mutex> lock(busy_);
+    for (std::int64_t i = 0; i < count; ++i) {
+        check_rows(cache, rows[i].row, rows[i].position, rows[i].tokens);
+    }
+    std::vector<PrefillRow> batch;
+    std::vector<float> batch_states;
+    const std::int64_t hidden = shape_.hidden;
+    std::int64_t held = 0, first = 0;  // `first` is the state that the batch's first row belongs to
+    const auto flush = [&](std::int64_t next) {
+        if (held > 0) {
+            prompt_x_.assign(embeddings, embeddings + held * hidden);
+            embeddings += held * hidden;
+            batch_states.resize(batch.size() * static_cast<std::size_t>(hidden));
+            prefill_rows(cache, batch.data(), static_cast<std::int64_t>(batch.size()), prompt_x_.data(), batch_states.data());
+            // a row that goes on leaves a state, which the next piece of it overwrites
+            std::copy(batch_states.begin(), batch_states.end(), states + first * hidden);
+        }
+        batch.clear();
+        held = 0;
+        first = next;
+    };
+    for (std::int64_t i = 0; i < count; ++i) {
+        for (std::int64_t done = 0; done < rows[i].tokens;) {
+            const std::int64_t tokens = std::min(rows[i].tokens - done, kRowsAtOnce - held);
+            batch.push_back({rows[i].row, rows[i].position + done, tokens});
+            held += tokens;
+            done += tokens;
+            if (held == kRowsAtOnce) {
+                flush(done < rows[i].tokens ? i : i + 1);
+            }
+        }
+    }
+    flush(count);
+}
+
+void Decoder::prefill_rows(KvCache& cache, const PrefillRow* rows, std::int64_t count, float* x, float* states) {
+    const std::int64_t hidden = shape_.hidden, dim = shape_.head_dim, half = dim / 2, heads = shape_.heads;
+    const std::int64_t kv_heads = shape_.kv_heads, group = heads / kv_heads, group_width = heads * dim;
+    const std::int64_t gated = padded_columns(shape_.intermediate);
+    std::int64_t tokens = 0;
+    std::vector<std::int64_t> positions, cache_rows;
+    std::vector<Piece> pieces;
+    for (std::int64_t i = 0; i < count; ++i) {
+        tokens += rows[i].tokens;
+        for (std::int64_t n = 0; n < rows[i].tokens; n += kAttentionPiece) {
+            pieces.push_back({rows[i].row, rows[i].position + n, std::min(kAttentionPiece, rows[i].tokens - n),
+                              tokens - rows[i].tokens + n});
+        }
+        for (std::int64_t n = 0; n < rows[i].tokens; ++n) {
+            positions.push_back(rows[i].position + n);
+            cache_rows.push_back(rows[i].row);
+        }
+    }
+    // the longest first, so that the last thread to finish holds a short one
+    std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.position > b.position; });
+    const RowKernels kernels = row_kernels();
+    const AttentionKernel attend = attention_kernel(shape_.cache);
+    const int threads = num_threads();
+    const Operand operand = operand_of(layers_[0].qkv.kind);
+    const Element element = operand == Operand::kBf16 ? Element::kBfloat16 : Element::kFloat32;
+    const std::int64_t operand_bytes = element_bytes(element), cache_bytes = element_bytes(shape_.cache);
+    const std::int64_t widest = std::max({padded_columns(hidden), padded_columns(group_width), gated});
+    const std::int64_t wide = std::max(layers_[0].qkv.rows, layers_[0].gate_up.rows);
+    operand_.assign(static_cast<std::size_t>(tokens * widest * operand_bytes), 0);
+    queries_.resize(static_cast<std::size_t>(tokens * group_width * cache_bytes));
+    outputs_.resize(static_cast<std::size_t>(tokens * group_width * cache_bytes));
+    prompt_wide_.resize(static_cast<std::size_t>(tokens * wide));
+    std::vector<float> cosines(static_cast<std::size_t>(tokens * half)), sines(static_cast<std::size_t>(tokens * half));
+    for (std::int64_t n = 0; n < tokens; ++n) {
+        turn(positions[static_cast<std::size_t>(n)], cosines.data() + n * half, sines.data() + n * half);
+    }
+    // The padding of a row must be zero, and rows of another width have lain there.
+    const auto operand_row = [&](std::int64_t n, std::int64_t columns) {
+        const std::int64_t stride = padded_columns(columns);
+        char* row = operand_.data() + n * stride * operand_bytes;
+        std::fill(row + columns * operand_bytes, row + stride * operand_bytes, '\0');
+        return row;
+    };
+    const auto norm_rows = [&](const float* weight) {
+        parallel_for((tokens + 15) / 16, threads, [&](std::int64_t part, int) {
+            for (std::int64_t n = part * 16; n < std::min(part * 16 + 16, tokens); ++n) {
+                kernels.norm({x + n * hidden, weight, nullptr, hidden, shape_.eps, operand_row(n, hidden), element});
+            }
+        });
+    };
+    for (std::int64_t index = 0; index < shape_.layers; ++index) {
+        const Layer& layer = layers_[static_cast<std::size_t>(index)];
+        const std::int64_t qkv_width = layer.qkv.rows;
+        norm_rows(layer.input_norm);
+        multiply_many(layer.qkv, {operand_.data(), operand, tokens, prompt_wide_.data(), qkv_width});
+        parallel_for((tokens + 15) / 16, threads, [&](std::int64_t part, int) {
+            for (std::int64_t n = part * 16; n < std::min(part * 16 + 16, tokens); ++n) {
+                const float* row = prompt_wide_.data() + n * qkv_width;
+                const std::int64_t place = positions[static_cast<std::size_t>(n)];
+                const std::int64_t cache_row = cache_rows[static_cast<std::size_t>(n)];
+                for (std::int64_t head = 0; head < heads; ++head) {
+                    kernels.rotate(row + head * dim, cosines.data() + n * half, sines.data() + n * half, half, shape_.cache,
+                                   queries_.data() + (n * heads + head) * dim * cache_bytes);
+                }
+                for (std::int64_t head = 0; head < kv_heads; ++head) {
+                    const float* key = row + (heads + head) * dim;
+                    kernels.rotate(key, cosines.data() + n * half, sines.data() + n * half, half, shape_.cache,
+                                   cache.key(index, cache_row, head, place));
+                    kernels.convert(key + kv_heads * dim, dim, shape_.cache, cache.value(index, cache_row, head, place));
+                }
+            }
+        });
+        parallel_for(static_cast<std::int64_t>(pieces.size()) * heads, threads, [&](std::int64_t part, int) {
+            const Piece& piece = pieces[static_cast<std::size_t>(part / heads)];
+            const std::int64_t head = part % heads, keys = piece.position + piece.tokens;
+            float limits[kAttentionPiece];
+            for (std::int64_t n = 0; n < piece.tokens; ++n) {
+                limits[n] = static_cast<float>(piece.position + n + 1);
+            }
+            const auto floats = static_cast<std::size_t>(attention_scratch_floats(keys, dim));
+            const std::int64_t at = (piece.first * heads + head) * dim * cache_bytes;
+            attend({queries_.data() + at, cache.key(index, piece.row, head / group, 0),
+                    cache.value(index, piece.row, head / group, 0), outputs_.data() + at, group_width, dim, dim, group_width,
+                    piece.tokens, keys, dim, kLog2E / std::sqrt(static_cast<float>(dim)),
+                    static_cast<float*>(thread_scratch(floats * sizeof(float))), limits});
+        });
+        for (std::int64_t n = 0; n < tokens; ++n) {
+            const char* from = outputs_.data() + n * group_width * cache_bytes;
+            char* to = operand_row(n, group_width);
+            if (shape_.cache == element) {
+                std::memcpy(to, from, static_cast<std::size_t>(group_width * cache_bytes));
+            } else {  // a bf16 cache on a CPU without the bf16 dot product
+                const auto* halves = reinterpret_cast<const std::uint16_t*>(from);
+                for (std::int64_t i = 0; i < group_width; ++i) {
+                    reinterpret_cast<float*>(to)[i] = widen(halves[i]);
+                }
+            }
+        }
+        multiply_many(layer.o, {operand_.data(), operand, tokens, x, hidden, true});
+        norm_rows(layer.post_norm);
+        multiply_many(layer.gate_up, {operand_.data(), operand, tokens, prompt_wide_.data(), layer.gate_up.rows});
+        parallel_for((tokens + 15) / 16, threads, [&](std::int64_t part, int) {
+            for (std::int64_t n = part * 16; n < std::min(part * 16 + 16, tokens); ++n) {
+                const float* row = prompt_wide_.data() + n * gated * 2;
+                char* to = operand_.data() + n * gated * operand_bytes;
+                for (std::int64_t block = 0; block < gated / 32; ++block) {
+                    kernels.gate(row + block * 64, row + block * 64 + 32, 32, element, to + block * 32 * operand_bytes);
+                }
+            }
+        });
+        multiply_many(layer.down, {operand_.data(), operand, tokens, x, hidden, true});
+    }
+    std::int64_t last = -1;
+    for (std::int64_t i = 0; i < count; ++i) {
+        last += rows[i].tokens;
+        kernels.norm({x + last * hidden, norm_, nullptr, hidden, shape_.eps, states + i * hidden, Element::kFloat32});
+    }
+}
+
+}  // namespace rsvlm

@@ -1,0 +1,3 @@
+#include "rsvlm/simd/portable.h"
+
+#include "rows_kernel.h"

@@ -1,0 +1,1 @@
+"""Packages of a checkpoint for other runtimes: written, rounded, proven. Imports rsvlm_infer, never the reverse."""

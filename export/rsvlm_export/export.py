@@ -1,0 +1,91 @@
+"""From a checkpoint folder to a package at one precision: the whole way, in one function. Knows no command line."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from rsvlm_infer.contract import PRECISIONS
+from rsvlm_infer.errors import InputError
+from rsvlm_infer.models.load import load_checkpoint
+
+from .calibrate import caption_images, find_images, watch
+from .linears import model_weights
+from .native import export_native
+from .onnx.parts import Precision
+from .package import Plan, refuse_existing, write_package
+from .quantize import quantize, wants_hessian
+
+FORMATS = ("onnx", "native")
+# at 64 visual tokens, prompt and caption some 7,000 rows: compensation needs several for each of a layer's inputs
+CALIBRATION_IMAGES = 64
+STORED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    target: str | Path,
+    *,
+    format: str = "onnx",  # noqa: A002 - the option's own name
+    precision: str = "fp32",
+    overwrite: bool = False,
+    calibrate: str | Path | None = None,
+    calibration_images: int = CALIBRATION_IMAGES,
+    report: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Exports a checkpoint.
+
+    Args:
+        checkpoint: a folder of any supported layout. target: the package's folder.
+        format: "onnx", or "native" for the C++ runtime (no fp16). precision: one of `PRECISIONS`. report: takes one line per step.
+        calibrate: for int8 and int4: an image, a folder of images, or RSICD's folder, of which the train split is taken; at most
+            `calibration_images` of them are captioned in float32.
+
+    Returns:
+        The package's folder.
+
+    Raises:
+        InputError: an unknown format or precision. CheckpointError: a bad checkpoint, or a target that exists.
+    """
+    if format not in FORMATS:
+        raise InputError(f"--format must be one of {list(FORMATS)}, got {format!r}; choose one of them")
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision must be one of {list(PRECISIONS)}, got {precision!r}; choose one of them")
+    if format == "native":
+        if calibrate is not None:
+            raise InputError(
+                "--calibrate must be left out for --format native, which rounds without images; leave it out, or use onnx"
+            )
+        report(f"laying out weights at {precision}")
+        return export_native(checkpoint, target, precision, overwrite=overwrite)
+    images = _calibration_images(precision, calibrate, calibration_images)
+    refuse_existing(target, overwrite)  # before minutes of calibration
+    loaded = load_checkpoint(checkpoint)
+    weights = model_weights(loaded.model)
+    if precision in STORED:
+        plan = Plan(precision, Precision(STORED[precision]))
+    else:
+        report(f"captioning {len(images)} images to see what goes through each layer")
+        run = functools.partial(
+            caption_images, loaded.model, loaded.folder, images, lambda done: report(f"{done} of {len(images)} images")
+        )
+        seen = watch(loaded.model, weights.linears.values(), wants_hessian(precision), run)
+        report(f"rounding {len(seen)} layers")
+        plan = quantize(weights, seen, precision)
+        finer = [layer["name"] for layer in plan.layers if layer["kept"] != layer["asked"]]
+        report(f"{len(finer)} of {len(plan.layers)} layers kept finer than asked: {', '.join(finer) or 'none'}")
+    report(f"writing graphs at {precision}")
+    return write_package(loaded, weights, plan, target, overwrite=overwrite)
+
+
+def _calibration_images(precision: str, path: str | Path | None, limit: int) -> list[Path]:
+    if precision in STORED:
+        return []
+    if path is None:
+        raise InputError(
+            f"--calibrate must name images for --precision {precision}, got none; pass a folder with images of the kind to be seen"
+        )
+    if limit < 1:
+        raise InputError(f"--calibration-images must be at least 1, got {limit}; raise it")
+    return find_images(Path(path).expanduser(), limit)

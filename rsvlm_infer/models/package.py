@@ -1,0 +1,171 @@
+"""The exported package as files: is it one, is it whole, does this version read it. Knows no runtime and no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..config import RsvlmConfig
+from ..contract import (
+    ARCHITECTURE,
+    CERTIFICATE,
+    CONFIG,
+    FORMAT,
+    FORMAT_VERSION,
+    KINDS,
+    KNOWLEDGE,
+    MANIFEST,
+    PRECISIONS,
+    graph_contracts,
+)
+from ..errors import CheckpointError, ConfigError
+from .checkpoint import sha256_of
+from .native_package import is_native_package
+
+MAX_MANIFEST_BYTES = 16 << 20
+_AGAIN = "export it again with `rsvlm export`, or copy the whole folder again"
+
+
+def is_package(path: str | Path) -> bool:
+    """Whether a folder is an exported package of graphs, rather than a checkpoint or a package for the native backend."""
+    return (Path(path) / MANIFEST).is_file() and not is_native_package(path)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package whose manifest this version reads, and whose files all exist with the right number of bytes."""
+
+    path: Path
+    manifest: dict[str, Any]
+    config: RsvlmConfig
+
+    @classmethod
+    def open(cls, path: str | Path) -> Package:
+        """Checks everything but the content of the files; see `verify`.
+
+        Raises:
+            CheckpointError: no package, a foreign or newer one, or a file that is missing or cut.
+        """
+        folder = Path(path)
+        values = _read_json(folder / MANIFEST, "manifest")
+        if values.get("format") != FORMAT:
+            raise _problem(
+                folder, f"manifest format must be {FORMAT!r}, got {values.get('format')!r}", "pass an exported package"
+            )
+        version = values.get("version")
+        if not isinstance(version, int) or version < 1:
+            raise _problem(folder, f"manifest version must be a number from 1, got {version!r}", _AGAIN)
+        if version > FORMAT_VERSION:
+            raise _problem(
+                folder,
+                f"it has format version {version}, this rsvlm_infer reads up to {FORMAT_VERSION}",
+                "upgrade rsvlm_infer, or export it again with this version",
+            )
+        if values.get("architecture") != ARCHITECTURE or values.get("kind") not in KINDS:
+            raise _problem(
+                folder,
+                f"architecture and kind must be {ARCHITECTURE!r} and one of {list(KINDS)}, got {values.get('architecture')!r} and "
+                f"{values.get('kind')!r}",
+                "use the program that this package was made for, or export one with `rsvlm export`",
+            )
+        if values.get("precision") not in PRECISIONS:
+            raise _problem(folder, f"precision must be one of {list(PRECISIONS)}, got {values.get('precision')!r}", _AGAIN)
+        _check_files(folder, values)
+        try:
+            config = RsvlmConfig.from_json(folder / CONFIG)
+        except ConfigError as error:
+            raise _problem(folder, str(error), _AGAIN) from None
+        _check_graphs(folder, values, config)
+        return cls(folder, values, config)
+
+    @property
+    def precision(self) -> str:
+        return str(self.manifest["precision"])
+
+    @property
+    def embedder(self) -> str:
+        """The digest of the checkpoint that this package embeds text like; see `models.load.embedder_digest`."""
+        return str(self.manifest.get("model", {}).get("embedder", ""))
+
+    @property
+    def knowledge_folder(self) -> Path | None:
+        folder = self.path / KNOWLEDGE
+        return folder if folder.is_dir() else None
+
+    @property
+    def certificate(self) -> dict[str, Any] | None:
+        """What `rsvlm verify` wrote; None before it ran."""
+        file = self.path / CERTIFICATE
+        return _read_json(file, "certificate") if file.is_file() else None
+
+    def damages(self) -> list[str]:
+        """Files whose content is not what the manifest says, a few words each."""
+        found = []
+        for name, expected in self.manifest["files"].items():
+            digest = sha256_of(self.path / name)
+            if digest != expected["sha256"]:
+                found.append(f"{name} has sha256 {digest[:12]}, the manifest says {expected['sha256'][:12]}")
+        return found
+
+    def verify(self) -> None:
+        """Reads every file.
+
+        Raises:
+            CheckpointError: names every file that differs.
+        """
+        found = self.damages()
+        if found:
+            raise _problem(self.path, f"it is damaged: {'; '.join(found)}", _AGAIN)
+
+
+def _check_files(folder: Path, values: dict[str, Any]) -> None:
+    files = values.get("files")
+    if not isinstance(files, dict) or CONFIG not in files:
+        raise _problem(folder, f"manifest files must be an object that names {CONFIG}, got {type(files).__name__}", _AGAIN)
+    problems = []
+    for name, entry in files.items():
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts or "\\" in name:
+            problems.append(f"{name!r} lies outside of the package")
+        elif not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
+            problems.append(f"{name} has no bytes and sha256 in the manifest")
+        elif not (folder / name).is_file():
+            problems.append(f"{name} is missing")
+        elif (folder / name).stat().st_size != entry["bytes"]:
+            problems.append(f"{name} must have {entry['bytes']} bytes, it has {(folder / name).stat().st_size}")
+    if problems:
+        raise _problem(folder, "; ".join(problems), _AGAIN)
+
+
+def _check_graphs(folder: Path, values: dict[str, Any], config: RsvlmConfig) -> None:
+    """The manifest's graphs are those that this version expects for the config, input by input."""
+    expected = {name: graph.to_dict() for name, graph in graph_contracts(config).items()}
+    found = values.get("graphs")
+    if not isinstance(found, dict) or set(found) != set(expected):
+        names = sorted(found) if isinstance(found, dict) else found
+        raise _problem(folder, f"graphs must be {sorted(expected)} for its config, got {names}", _AGAIN)
+    wrong = [name for name in expected if found[name] != expected[name]]
+    if wrong:
+        raise _problem(folder, f"inputs or outputs of the graphs {wrong} are not those of its config", _AGAIN)
+    unlisted = [entry["file"] for entry in expected.values() if entry["file"] not in values["files"]]
+    if unlisted:
+        raise _problem(folder, f"manifest files must name {unlisted}", _AGAIN)
+
+
+def _read_json(file: Path, what: str) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError(f"it is larger than {MAX_MANIFEST_BYTES >> 20} MiB")
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{what} {file} must be a JSON object, it cannot be read ({reason}); {_AGAIN}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{what} {file} must be a JSON object, got {type(values).__name__}; {_AGAIN}")
+    return values
+
+
+def _problem(folder: Path, reason: str, step: str) -> CheckpointError:
+    return CheckpointError(f"package {folder}: {reason}; {step}")
