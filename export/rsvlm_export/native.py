@@ -128,11 +128,11 @@ def lay_out(config: RsvlmConfig, state: State, precision: str) -> dict[str, tupl
         if kind in ("int8", "int4") and weight.shape[1] % GROUP:
             kind = "bf16"
         laid[name] = (kind, weight.shape[0], weight.shape[1], _laid_out(weight, kind))
-    for name, value in parts.experts.items():
-        content = _numpy(value) if wide else _bf16(value)
-        laid[name] = ("" if wide else "raw", value.numel(), 0, content)
     for name, value in parts.vectors.items():
         laid[name] = ("", value.numel(), 0, _numpy(value))
+    for name, value in parts.experts.items():  # last: two bytes each may leave what follows at no multiple of four
+        content = _numpy(value) if wide else _bf16(value)
+        laid[name] = ("" if wide else "raw", value.numel(), 0, content)
     return laid
 
 
