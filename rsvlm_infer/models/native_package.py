@@ -29,7 +29,7 @@ PRECISIONS = ("fp32", "bf16", "int8", "int4")
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 KNOWLEDGE = "knowledge"
-ALIGNMENT_BYTES = 64  # a cache line: tensors begin at multiples of it
+ALIGNMENT_BYTES = 64  # a cache line: the first tensor begins at a multiple, and matrices, which go first, are whole lines
 MAX_MANIFEST_BYTES = 16 << 20
 _AGAIN = "export it again, or copy the whole folder again"
 
@@ -165,7 +165,7 @@ def map_weights(path: Path) -> NativeWeights:
 
 
 def write_weights(path: Path, weights: Mapping[str, tuple[str, int, int, npt.NDArray[Any]]]) -> None:
-    """Writes what `map_weights` reads: safetensors of bytes, whose metadata say kind and shape, tensors at multiples of 64."""
+    """Writes what `map_weights` reads: safetensors of bytes, whose metadata say kind and shape, one after another."""
     header: dict[str, Any] = {
         "__metadata__": {name: f"{kind or 'vector'} {rows} {columns}" for name, (kind, rows, columns, _) in weights.items()}
     }
