@@ -196,7 +196,7 @@ def _fit_int4(weight: torch.Tensor) -> PackedWeight:
     """
     rows, columns = weight.shape
     packed = []
-    for part in weight.split(4096):
+    for part in torch.split(weight, 4096):
         groups = part.reshape(len(part), columns // GROUP, GROUP)
         largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))  # with its sign
         best = codes = scales = None

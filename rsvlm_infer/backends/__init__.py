@@ -77,10 +77,9 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
         raise MissingDependencyError(f"backend {chosen!r} cannot run here: {reason}")
     asked = chosen.partition(":")[0]
     if (asked if asked in ("native", "onnx") else None) != reader:
-        raise BackendError(
-            f"backend {chosen!r} does not read {path}, which is {'a checkpoint' if reader is None else f'a package for {reader!r}'}; "
-            + (f'use {reader!r} or "auto"' if reader else "export it first with `rsvlm export`, or use another backend")
-        )
+        kind = "a checkpoint" if reader is None else f"an exported package for {reader!r}"
+        step = f'use {reader!r} or "auto"' if reader else "export it first with `rsvlm export`, or use another backend"
+        raise BackendError(f"backend {chosen!r} does not read {path}, which is {kind}; {step}")
     if reader is not None:
         return _load_package(Path(path), chosen, precision)
     precisions = BACKENDS[chosen]

@@ -1,4 +1,4 @@
-"""_C.pyi says what _C has: same functions, same keywords in the same order, all keyword-only."""
+"""_C.pyi says what _C has: same functions, same arguments in the same order, keyword-only but for the calls of every layer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from rsvlm_infer.hardware import native_why_not
+
+# Called several times per layer and token, where keywords would cost as much as the call.
+POSITIONAL = {"WeightMatmul.float32", "WeightMatmul.bfloat16"}
 
 pytestmark = pytest.mark.skipif(native_why_not() is not None, reason=str(native_why_not()))
 
@@ -22,8 +25,11 @@ def stub_signatures(path: Path) -> dict[str, list[str]]:
         for node in scope.body:
             if isinstance(node, ast.FunctionDef) and not node.decorator_list:
                 arguments = [argument.arg for argument in node.args.posonlyargs + node.args.args]
+                named = [argument.arg for argument in node.args.kwonlyargs]
+                if prefix + node.name in POSITIONAL:
+                    arguments, named = arguments[: len(implied)], arguments[len(implied) :]
                 assert arguments == implied, f"every argument of {prefix}{node.name} is keyword-only"
-                signatures[prefix + node.name] = [argument.arg for argument in node.args.kwonlyargs]
+                signatures[prefix + node.name] = named
     return signatures
 
 
@@ -62,6 +68,8 @@ def built_signatures() -> dict[str, list[str]]:
             assert match, first_line
             arguments = [argument.split(":")[0] for argument in split_arguments(match.group(2))]
             arguments = arguments[1:] if isinstance(item, type) else arguments
+            if key in POSITIONAL:
+                arguments = ["*", *arguments]
             assert arguments == [] or arguments[0] == "*", f"{key} takes positional arguments: {first_line}"
             signatures[key] = arguments[1:]
     return signatures
