@@ -102,7 +102,13 @@ def compile_bindings(compiler: str, flags: Sequence[str], folder: Path) -> list[
     import pybind11
 
     # Python.h of this machine serves aarch64 too: both have 64-bit pointers and longs, and nothing is linked there
-    headers = [f"-I{place}" for place in (CSRC / "python", sysconfig.get_path("include"), pybind11.get_include())]
+    python = Path(sysconfig.get_path("include"))
+    foreign = Path(tempfile.mkdtemp(dir=folder.parent))
+    own = python.parent / str(sysconfig.get_config_var("MULTIARCH")) / python.name
+    if own.is_dir():  # Debian's pyconfig.h leads to a folder by architecture, and has none for others
+        (foreign / "aarch64-linux-gnu").mkdir()
+        (foreign / "aarch64-linux-gnu" / python.name).symlink_to(own)
+    headers = [f"-I{place}" for place in (CSRC / "python", python, foreign, pybind11.get_include())]
     sources = sorted((CSRC / "python").glob("*.cpp"))
     return compile_all(compiler, [*flags, "-fvisibility=hidden", "-fPIC", *headers], sources, folder)
 
