@@ -31,7 +31,7 @@ WEIGHTS = "weights.safetensors"
 KNOWLEDGE = "knowledge"
 ALIGNMENT_BYTES = 64  # a cache line: the first tensor begins at a multiple, and matrices, which go first, are whole lines
 MAX_MANIFEST_BYTES = 16 << 20
-_AGAIN = "export it again, or copy the whole folder again"
+AGAIN = "export it again with `rsvlm export`, or copy the whole folder again"
 
 # name -> (kind, rows, columns, bytes): a laid-out weight of kind fp32, bf16, int8 or int4; "" and "raw" for [rows] values of
 # float32 and of two bytes
@@ -44,7 +44,7 @@ def is_native_package(path: str | Path) -> bool:
     if not file.is_file():
         return False
     try:
-        return _read_json(file).get("kind") == KIND
+        return read_json(file, "manifest").get("kind") == KIND
     except CheckpointError:
         return (Path(path) / WEIGHTS).is_file()  # so that the message about the manifest comes, and not one about a checkpoint
 
@@ -72,11 +72,11 @@ class NativePackage:
         manifest = read_manifest(folder)
         damages = [_damage(folder, name, entry, verify) for name, entry in manifest["files"].items()]
         if any(damages):
-            raise _problem(folder, "; ".join(damage for damage in damages if damage), _AGAIN)
+            raise problem(folder, "; ".join(damage for damage in damages if damage), AGAIN)
         try:
             config = RsvlmConfig.from_json(folder / "config.json")
         except ConfigError as error:
-            raise _problem(folder, str(error), _AGAIN) from None
+            raise problem(folder, str(error), AGAIN) from None
         return cls(folder, manifest, config, map_weights(folder / WEIGHTS))
 
     @property
@@ -110,29 +110,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no package, or a foreign or newer one.
     """
-    values = _read_json(folder / MANIFEST)
+    values = read_json(folder / MANIFEST, "manifest")
     for name, expected in (("format", FORMAT), ("architecture", ARCHITECTURE), ("kind", KIND)):
         if values.get(name) != expected:
-            raise _problem(
+            raise problem(
                 folder,
                 f"manifest {name} must be {expected!r}, got {values.get(name)!r}",
                 "use the program that it was made for",
             )
     version = values.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise _problem(folder, f"manifest version must be a number from 1, got {version!r}", _AGAIN)
+        raise problem(folder, f"manifest version must be a number from 1, got {version!r}", AGAIN)
     if version > FORMAT_VERSION:
-        raise _problem(
+        raise problem(
             folder,
             f"manifest version must be at most {FORMAT_VERSION}, got {version}",
             "upgrade rsvlm-infer, or export it again",
         )
     if values.get("precision") not in PRECISIONS:
-        raise _problem(folder, f"manifest precision must be one of {list(PRECISIONS)}, got {values.get('precision')!r}", _AGAIN)
+        raise problem(folder, f"manifest precision must be one of {list(PRECISIONS)}, got {values.get('precision')!r}", AGAIN)
     files = values.get("files")
     needed = {"config.json", "tokenizer.json", WEIGHTS}
     if not isinstance(files, dict) or not needed <= set(files):
-        raise _problem(folder, f"manifest files must name {sorted(needed)}, got {sorted(files or ())}", _AGAIN)
+        raise problem(folder, f"manifest files must name {sorted(needed)}, got {sorted(files or ())}", AGAIN)
     return values
 
 
@@ -160,7 +160,7 @@ def map_weights(path: Path) -> NativeWeights:
             weights[name] = ("" if kind == "vector" else kind, int(rows), int(columns), content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"weights file {path} must be one of a native package, it is not ({reason}); {_AGAIN}") from None
+        raise CheckpointError(f"weights file {path} must be one of a native package, it is not ({reason}); {AGAIN}") from None
     return weights
 
 
@@ -200,18 +200,24 @@ def _damage(folder: Path, name: str, entry: Any, verify: bool) -> str | None:
     return None if found == entry["sha256"] else f"{name} must have sha256 {entry['sha256'][:12]}, got {found[:12]}"
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    """A small JSON object of a package; `what` it is goes into messages.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no object.
+    """
     try:
         if file.stat().st_size > MAX_MANIFEST_BYTES:
             raise ValueError(f"it has more than {MAX_MANIFEST_BYTES >> 20} MiB")
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"manifest {file} must be a JSON object, it cannot be read ({reason}); {_AGAIN}") from None
+        raise CheckpointError(f"{what} {file} must be a JSON object, it cannot be read ({reason}); {AGAIN}") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"manifest {file} must be a JSON object, got {type(values).__name__}; {_AGAIN}")
+        raise CheckpointError(f"{what} {file} must be a JSON object, got {type(values).__name__}; {AGAIN}")
     return values
 
 
-def _problem(folder: Path, reason: str, step: str) -> CheckpointError:
+def problem(folder: Path, reason: str, step: str) -> CheckpointError:
+    """The error that says what is wrong with a package and what to do."""
     return CheckpointError(f"package {folder}: {reason}; {step}")

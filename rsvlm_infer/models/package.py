@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,12 +19,9 @@ from ..contract import (
     PRECISIONS,
     graph_contracts,
 )
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from .checkpoint import sha256_of
-from .native_package import is_native_package
-
-MAX_MANIFEST_BYTES = 16 << 20
-_AGAIN = "export it again with `rsvlm export`, or copy the whole folder again"
+from .native_package import AGAIN, is_native_package, problem, read_json
 
 
 def is_package(path: str | Path) -> bool:
@@ -49,34 +45,34 @@ class Package:
             CheckpointError: no package, a foreign or newer one, or a file that is missing or cut.
         """
         folder = Path(path)
-        values = _read_json(folder / MANIFEST, "manifest")
+        values = read_json(folder / MANIFEST, "manifest")
         if values.get("format") != FORMAT:
-            raise _problem(
+            raise problem(
                 folder, f"manifest format must be {FORMAT!r}, got {values.get('format')!r}", "pass an exported package"
             )
         version = values.get("version")
         if not isinstance(version, int) or version < 1:
-            raise _problem(folder, f"manifest version must be a number from 1, got {version!r}", _AGAIN)
+            raise problem(folder, f"manifest version must be a number from 1, got {version!r}", AGAIN)
         if version > FORMAT_VERSION:
-            raise _problem(
+            raise problem(
                 folder,
                 f"it has format version {version}, this rsvlm_infer reads up to {FORMAT_VERSION}",
                 "upgrade rsvlm_infer, or export it again with this version",
             )
         if values.get("architecture") != ARCHITECTURE or values.get("kind") not in KINDS:
-            raise _problem(
+            raise problem(
                 folder,
                 f"architecture and kind must be {ARCHITECTURE!r} and one of {list(KINDS)}, got {values.get('architecture')!r} and "
                 f"{values.get('kind')!r}",
                 "use the program that this package was made for, or export one with `rsvlm export`",
             )
         if values.get("precision") not in PRECISIONS:
-            raise _problem(folder, f"precision must be one of {list(PRECISIONS)}, got {values.get('precision')!r}", _AGAIN)
+            raise problem(folder, f"precision must be one of {list(PRECISIONS)}, got {values.get('precision')!r}", AGAIN)
         _check_files(folder, values)
         try:
             config = RsvlmConfig.from_json(folder / CONFIG)
         except ConfigError as error:
-            raise _problem(folder, str(error), _AGAIN) from None
+            raise problem(folder, str(error), AGAIN) from None
         _check_graphs(folder, values, config)
         return cls(folder, values, config)
 
@@ -98,7 +94,7 @@ class Package:
     def certificate(self) -> dict[str, Any] | None:
         """What `rsvlm verify` wrote; None before it ran."""
         file = self.path / CERTIFICATE
-        return _read_json(file, "certificate") if file.is_file() else None
+        return read_json(file, "certificate") if file.is_file() else None
 
     def damages(self) -> list[str]:
         """Files whose content is not what the manifest says, a few words each."""
@@ -117,13 +113,13 @@ class Package:
         """
         found = self.damages()
         if found:
-            raise _problem(self.path, f"it is damaged: {'; '.join(found)}", _AGAIN)
+            raise problem(self.path, f"it is damaged: {'; '.join(found)}", AGAIN)
 
 
 def _check_files(folder: Path, values: dict[str, Any]) -> None:
     files = values.get("files")
     if not isinstance(files, dict) or CONFIG not in files:
-        raise _problem(folder, f"manifest files must be an object that names {CONFIG}, got {type(files).__name__}", _AGAIN)
+        raise problem(folder, f"manifest files must be an object that names {CONFIG}, got {type(files).__name__}", AGAIN)
     problems = []
     for name, entry in files.items():
         place = PurePosixPath(name)
@@ -136,7 +132,7 @@ def _check_files(folder: Path, values: dict[str, Any]) -> None:
         elif (folder / name).stat().st_size != entry["bytes"]:
             problems.append(f"{name} must have {entry['bytes']} bytes, it has {(folder / name).stat().st_size}")
     if problems:
-        raise _problem(folder, "; ".join(problems), _AGAIN)
+        raise problem(folder, "; ".join(problems), AGAIN)
 
 
 def _check_graphs(folder: Path, values: dict[str, Any], config: RsvlmConfig) -> None:
@@ -145,27 +141,10 @@ def _check_graphs(folder: Path, values: dict[str, Any], config: RsvlmConfig) -> 
     found = values.get("graphs")
     if not isinstance(found, dict) or set(found) != set(expected):
         names = sorted(found) if isinstance(found, dict) else found
-        raise _problem(folder, f"graphs must be {sorted(expected)} for its config, got {names}", _AGAIN)
+        raise problem(folder, f"graphs must be {sorted(expected)} for its config, got {names}", AGAIN)
     wrong = [name for name in expected if found[name] != expected[name]]
     if wrong:
-        raise _problem(folder, f"inputs or outputs of the graphs {wrong} are not those of its config", _AGAIN)
+        raise problem(folder, f"inputs or outputs of the graphs {wrong} are not those of its config", AGAIN)
     unlisted = [entry["file"] for entry in expected.values() if entry["file"] not in values["files"]]
     if unlisted:
-        raise _problem(folder, f"manifest files must name {unlisted}", _AGAIN)
-
-
-def _read_json(file: Path, what: str) -> dict[str, Any]:
-    try:
-        if file.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ValueError(f"it is larger than {MAX_MANIFEST_BYTES >> 20} MiB")
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{what} {file} must be a JSON object, it cannot be read ({reason}); {_AGAIN}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{what} {file} must be a JSON object, got {type(values).__name__}; {_AGAIN}")
-    return values
-
-
-def _problem(folder: Path, reason: str, step: str) -> CheckpointError:
-    return CheckpointError(f"package {folder}: {reason}; {step}")
+        raise problem(folder, f"manifest files must name {unlisted}", AGAIN)
