@@ -1,7 +1,7 @@
 """`python -m benchmarks.modules`: what each module of the default checkpoint is worth, on RSICD's val split and EuroSAT's test folder.
 
 A module is switched off in the trained model (its gate set to 0, or its option changed) and everything is measured again. That flatters a
-module a little, because the rest was trained beside it. Models with other experts (`python -m training variants`) are measured with `--variant`.
+module a little, because the rest was trained beside it. Models with other experts (`python -m training variants`) come by `--variant`.
 """
 
 from __future__ import annotations
