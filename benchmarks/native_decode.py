@@ -194,18 +194,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu = CPU time of the one thread")
+    parser.add_argument("--guesses-only", action="store_true", help="only the captions with and without guessed tokens")
     parser.add_argument("--csv", type=Path, help="appended to; the screen alone when left out")
     options = parser.parse_args()
     if options.clock == "cpu" and torch.get_num_threads() != 1:
         parser.error("--clock cpu counts one thread; set OMP_NUM_THREADS=1")
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.packages or Path(scratch)
-        models = {BASELINE: RSVLM.from_pretrained(options.checkpoint, "eager", "bfloat16")}
+        models = {} if options.guesses_only else {BASELINE: RSVLM.from_pretrained(options.checkpoint, "eager", "bfloat16")}
         for precision in options.precisions:
             if not (folder / precision).is_dir():
                 export_native(options.checkpoint, folder / precision, precision)
             models[f"native {precision}"] = RSVLM.from_pretrained(folder / precision)
-        rows = speed_rows(models, options.images[0], options)
+        rows = [] if options.guesses_only else speed_rows(models, options.images[0], options)
         rows += [draft_row(name, model, options.images, options) for name, model in models.items() if name != BASELINE]
         for row in rows:
             print(*(f"{key}={value}" for key, value in row.items() if key not in ("date", "machine")), flush=True)

@@ -12,12 +12,12 @@ from collections import deque
 from collections.abc import Sequence
 
 ASSUMED_SLOPE = 0.2  # before a count was timed: the share of a single step that each further token adds
-KEPT_TIMES = 8  # of each count; the fastest counts, because other work on the machine only ever adds
+KEPT_TIMES = 8  # of each count; the fastest counts, because other work only ever adds
 FORGET_STEPS = 256  # a time that is older says little: the machine may have been busy then, and the count is to be tried again
 
 
 class StepTimes:
-    """Seconds of steps by the number of tokens that they feed, all rows together.
+    """Processor seconds of steps by the number of tokens that they feed, all rows together.
 
     Args:
         learn: False keeps to the assumed slope, so that the same requests make the same guesses on any machine.

@@ -36,12 +36,13 @@ def _save(report: Report, file: Path) -> Path:
     return file
 
 
-def test_a_run_writes_three_files_and_prints_its_tables(
+def test_a_run_writes_four_files_and_prints_its_tables(
     bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench("--scenario", "SingleStream", "--images-limit", "3", "--warmup", "0") == 0
     out, err = capsys.readouterr()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.html", "bench.json", "bench.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.html", "bench.json", "bench.md", "pareto.png"]
+    assert (tmp_path / "out" / "pareto.png").read_bytes().startswith(b"\x89PNG")
     report = read_report(tmp_path / "out" / "bench.json")
     assert [row.key for row in report.rows] == [("eager", "float32", "SingleStream"), ("eager", "bfloat16", "SingleStream")]
     assert report.workload["images"] == 3
@@ -169,7 +170,7 @@ def test_without_the_report_extra_the_page_is_left_out_and_said(
     monkeypatch.setitem(sys.modules, "jinja2", None)
     source = _save(make_report(make_row()), tmp_path / "result.json")
     assert main(["--from", str(source), "--output", str(tmp_path / "out")]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.md", "pareto.png"]
     assert "no bench.html: the HTML report needs Jinja2" in capsys.readouterr().err
 
 
@@ -197,6 +198,7 @@ def test_accuracy_only_scores_the_whole_split(
         (["--repeats", "3", "--warmup", "0"], "--repeats, --warmup"),
         (["--backend", "eager", "--backend", "native"], "several --backend"),
         (["--precision", "float32", "--precision", "bfloat16"], "several --precision"),
+        (["--package", "p", "--budget", "64", "--batch", "1,8"], "--package, --budget, several --batch"),
     ],
 )
 def test_accuracy_only_refuses_what_it_would_ignore(

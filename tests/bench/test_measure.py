@@ -13,7 +13,7 @@ import pytest
 from rsvlm_infer.bench.images import ImageSet
 from rsvlm_infer.bench.measure import Workload, folder_bytes, measure, workload_from_dict, workload_to_dict
 from rsvlm_infer.bench.quality import class_quality, retrieval_quality
-from rsvlm_infer.bench.schema import Scenario
+from rsvlm_infer.bench.schema import Row, Scenario
 from rsvlm_infer.errors import BackendError, InputError
 from rsvlm_infer.evaluation.datasets import Question
 from tests.bench.fake_rsvlm import FakeRSVLM
@@ -25,7 +25,7 @@ def _silent(done: int, total: int) -> None:
 
 def test_single_stream_row(work: Workload) -> None:
     seen: list[tuple[int, int]] = []
-    measured = measure(work, "eager", "float32", "SingleStream", lambda done, total: seen.append((done, total)))
+    measured = measure(work, Row("eager", "float32", "SingleStream"), lambda done, total: seen.append((done, total)))
     row = measured.row
     assert row.key == ("eager", "float32", "SingleStream")
     assert (row.images, row.repeats, len(row.samples_ms)) == (4, 2, 8)
@@ -57,7 +57,7 @@ def test_single_stream_row(work: Workload) -> None:
 
 
 def test_offline_row_has_throughput_but_no_latency(work: Workload) -> None:
-    measured = measure(work, "eager", "float32", "Offline", _silent)
+    measured = measure(work, Row("eager", "float32", "Offline"), _silent)
     assert measured.row.latency_ms is None
     assert measured.row.samples_ms == ()
     assert measured.row.images_per_s is not None
@@ -67,14 +67,16 @@ def test_offline_row_has_throughput_but_no_latency(work: Workload) -> None:
 
 
 def test_one_generated_token_has_no_time_per_further_token(work: Workload) -> None:
-    row = measure(dataclasses.replace(work, max_new_tokens=1, warmup=0), "eager", "float32", "SingleStream", _silent).row
+    row = measure(dataclasses.replace(work, max_new_tokens=1, warmup=0), Row("eager", "float32", "SingleStream"), _silent).row
     assert "tpot_ms" not in row.token_times
     assert row.token_times["ttft_ms"].count == 8
 
 
 def test_no_logits_and_no_eval_extra(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
-    measured = measure(dataclasses.replace(work, logits_images=0, tiling="dris"), "eager", "float32", "SingleStream", _silent)
+    measured = measure(
+        dataclasses.replace(work, logits_images=0, tiling="dris"), Row("eager", "float32", "SingleStream"), _silent
+    )
     assert measured.logits.shape == (0, 0)
     assert "cider" not in measured.row.quality
     assert measured.row.quality["class_accuracy"] == 0.75
@@ -89,7 +91,7 @@ def test_questions_are_scored_by_kind(work: Workload) -> None:
         Question(first.path, "count", "How many rivers?", "4"),
     )
     images = ImageSet("RSVQA", "here", (dataclasses.replace(first, questions=questions, label=None, captions=()),))
-    quality = measure(dataclasses.replace(work, images=images), "eager", "float32", "SingleStream", _silent).row.quality
+    quality = measure(dataclasses.replace(work, images=images), Row("eager", "float32", "SingleStream"), _silent).row.quality
     assert quality == {
         "answer_accuracy": 0.5,
         "answer_accuracy_count": 0.5,
@@ -102,7 +104,7 @@ def test_questions_are_scored_by_kind(work: Workload) -> None:
 def test_nothing_is_said_about_what_has_no_labels(work: Workload) -> None:
     bare = tuple(dataclasses.replace(sample, label=None, captions=()) for sample in work.images.samples)
     images = ImageSet("bare", "here", bare)
-    assert measure(dataclasses.replace(work, images=images), "eager", "float32", "Offline", _silent).row.quality == {}
+    assert measure(dataclasses.replace(work, images=images), Row("eager", "float32", "Offline"), _silent).row.quality == {}
     assert class_quality({}, bare) == {}
     assert retrieval_quality(None, bare, {}, lambda: None) == {}
 
@@ -116,13 +118,13 @@ def test_tiling_holds_for_every_call(
     first, *others = work.images.samples
     asked = dataclasses.replace(first, questions=(Question(first.path, "count", "How many?", "3"),))
     images = dataclasses.replace(work.images, samples=(asked, *others))
-    measure(dataclasses.replace(work, images=images, tiling=tiling), "eager", "float32", scenario, _silent)
+    measure(dataclasses.replace(work, images=images, tiling=tiling), Row("eager", "float32", scenario), _silent)
     assert set(FakeRSVLM.tilings) == {(caption_call, tiling), ("classify", tiling), ("ask", tiling)}
 
 
 def test_refusals_of_the_model_pass_through(work: Workload) -> None:
     with pytest.raises(BackendError, match="not for this fake"):
-        measure(work, "eager", "float16", "SingleStream", _silent)
+        measure(work, Row("eager", "float16", "SingleStream"), _silent)
 
 
 @pytest.mark.parametrize(
