@@ -6,17 +6,21 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from rsvlm_infer.bench import measure as measure_module
+from rsvlm_infer.bench.energy import EnergyReading
 from rsvlm_infer.bench.images import ImageSet
-from rsvlm_infer.bench.measure import Workload, folder_bytes, measure, workload_from_dict, workload_to_dict
+from rsvlm_infer.bench.measure import Workload, folder_bytes, join_passes, measure, workload_from_dict, workload_to_dict
 from rsvlm_infer.bench.quality import class_quality, retrieval_quality
 from rsvlm_infer.bench.schema import Row, Scenario
+from rsvlm_infer.engine.drafts import DraftCounts
 from rsvlm_infer.errors import BackendError, InputError
 from rsvlm_infer.evaluation.datasets import Question
-from tests.bench.fake_rsvlm import FakeRSVLM
+from tests.bench.fake_rsvlm import FakeBackend, FakeRSVLM
 
 
 def _silent(done: int, total: int) -> None:
@@ -54,6 +58,52 @@ def test_single_stream_row(work: Workload) -> None:
     np.testing.assert_array_equal(measured.logits[0], np.roll(np.arange(7), len(work.images.samples[0].name)))
     # 1 warm-up + 2 x 4 measured + 2 with logits + 4 classified
     assert seen == [(i, 15) for i in range(1, 16)]
+
+
+def test_passes_of_several_processes_join_to_one_row(work: Workload) -> None:
+    row = Row("eager", "float32", "SingleStream")
+    whole = measure(work, row, _silent)
+    parts = [measure(work, row, _silent, repeats=[repeat], judged=repeat == 0) for repeat in (0, 1)]
+    assert parts[1].row.quality == {}
+    assert parts[1].logits.shape == (0, 0)
+    joined = join_passes(parts[0].row, [each for part in parts for each in part.passes])
+    assert (joined.images, joined.repeats, len(joined.samples_ms)) == (4, 2, 8)
+    assert joined.stages == whole.row.stages
+    assert joined.quality == whole.row.quality
+    assert joined.generated_tokens == whole.row.generated_tokens
+
+
+def test_guesses_are_those_of_the_measured_pass(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts = DraftCounts()
+
+    def counting(self: FakeRSVLM, image: Path, **options: object) -> object:
+        drafts.record(rows=1, drafted=3, accepted=2)
+        return self._answers([image], 6, None)[0]
+
+    monkeypatch.setattr(FakeRSVLM, "caption", counting)
+    monkeypatch.setattr(FakeRSVLM, "engine", SimpleNamespace(drafts=drafts), raising=False)
+    measured = measure(work, Row("eager", "float32", "SingleStream"), _silent)
+    assert drafts.all_steps == 1 + 8 + 2  # warm-up and logits are not counted
+    assert [each.drafted for each in measured.passes] == [12, 12]
+    assert (measured.row.tokens_per_step, measured.row.draft_acceptance) == (3.0, pytest.approx(2 / 3))
+
+
+def test_energy_is_per_image_or_says_why_not(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = iter(range(0, 10**9, 20_000_000))
+    monkeypatch.setattr(measure_module, "read_energy", lambda: EnergyReading({"package": next(counter)}, {"package": 10**9}))
+    row = Row("eager", "float32", "Offline")
+    assert measure(work, row, _silent).row.energy_j == pytest.approx(5.0)  # 20 J a pass of four images
+    monkeypatch.setattr(measure_module, "read_energy", lambda: "not readable: no")
+    measured = measure(work, row, _silent).row
+    assert (measured.energy_j, measured.energy_why_not) == (None, "not readable: no")
+
+
+def test_what_the_warm_up_left_is_forgotten(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[int] = []
+    monkeypatch.setattr(FakeBackend, "forget", lambda self: forgotten.append(len(FakeRSVLM.tilings)), raising=False)
+    monkeypatch.setattr(FakeRSVLM, "tilings", [])
+    measure(work, Row("eager", "float32", "SingleStream"), _silent)
+    assert forgotten == [work.warmup]
 
 
 def test_offline_row_has_throughput_but_no_latency(work: Workload) -> None:
