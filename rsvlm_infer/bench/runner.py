@@ -23,6 +23,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..backends import choose_backend
 from ..hardware import library_version
 from .environment import busy_warning
 from .measure import PassTimes, Workload, join_passes, workload_to_dict
@@ -104,6 +105,7 @@ def describe(work: Workload, plans: Sequence[RowPlan]) -> dict[str, Any]:
     models = dict.fromkeys(plan.model for plan in plans)
     return {
         "checkpoint": work.checkpoint,
+        "auto_backend": str(choose_backend(work.checkpoint)),
         "packages": [
             {"row": f"{model.backend} {model.precision}", "label": model.label, "path": model.folder}
             for model in models

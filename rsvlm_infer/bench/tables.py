@@ -77,6 +77,7 @@ def summary_lines(report: Report) -> list[tuple[str, str]]:
             f"{work.get('images')} of {work.get('image_set')}, {work.get('repeats')} repeat(s), {work.get('warmup')} for warm-up",
         ),
         ("checkpoint", str(work.get("checkpoint"))),
+        *([("backend auto", str(work["auto_backend"]))] if "auto_backend" in work else []),
         *((f"package {entry['label'] or entry['row']}", str(entry["path"])) for entry in work.get("packages") or ()),
         ("answers", f"greedy, at most {work.get('max_new_tokens')} tokens; Offline in batches {_batches(report)}"),
         ("machine", f"{machine.get('cpu')}, {machine.get('cores')} cores, {bytes_text(machine.get('memory_bytes'))} memory"),

@@ -59,7 +59,7 @@ def _package(folder: Path, precision: str, embedder: str) -> Path:
     """A native package as far as a run looks at it before the model does."""
     folder.mkdir()
     values = {"format": "rsvlm-package", "version": 1, "architecture": "rsvlm", "kind": "native", "precision": precision}
-    files = dict.fromkeys(("config.json", "tokenizer.json", "weights.safetensors"), {"bytes": 0, "sha256": ""})
+    files = {name: {"bytes": 0, "sha256": ""} for name in ("config.json", "tokenizer.json", "weights.safetensors")}
     (folder / "manifest.json").write_text(json.dumps({**values, "files": files, "model": {"embedder": embedder}}))
     return folder
 
@@ -97,7 +97,9 @@ def test_packages_are_rows_beside_the_baseline_on_the_checkpoint(
 def test_a_package_in_place_of_the_checkpoint_runs_alone(bench: Callable[..., int], tmp_path: Path) -> None:
     ours = _package(tmp_path / "ours", "int4", "ours")
     assert bench("--checkpoint", str(ours), "--images-limit", "1", "--warmup", "0", "--scenario", "SingleStream") == 0
-    assert [row.title for row in read_report(tmp_path / "out" / "bench.json").rows] == ["native int4 SingleStream"]
+    report = read_report(tmp_path / "out" / "bench.json")
+    assert [row.title for row in report.rows] == ["native int4 SingleStream"]
+    assert report.workload["auto_backend"].startswith("native: ")
 
 
 @pytest.mark.parametrize("counts", ["0", "a", "8,", "-1", ""])
