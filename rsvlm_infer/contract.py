@@ -21,7 +21,8 @@ MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"  # written by `rsvlm verify`, so it is no part of the manifest
 CONFIG = "config.json"
 PREPROCESSING = "preprocessing.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "MODEL_CARD.md")
+DRAFTS = "drafts.safetensors"  # optional, in checkpoints and packages: see `models.draft_table`; it is no weight
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "MODEL_CARD.md", DRAFTS)
 KNOWLEDGE = "knowledge"
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")

@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .backends import load_backend
-from .backends.base import Backend, Embeddings, ImageFeatures, Query
+from .backends.base import Backend, DraftingBackend, Embeddings, ImageFeatures, Query
 from .config import LEVELS, RsvlmConfig, Tiling
+from .contract import DRAFTS
 from .engine.checks import check_integer, check_text, check_texts
 from .engine.engine import Engine
 from .engine.request import Request
 from .errors import CheckpointError, InputError, RsvlmError
+from .models.draft_table import DraftTable
 from .tasks.answer import AnswerDraft
 from .tasks.caption import CAPTION_PROMPT
 from .tasks.classify import LABEL_TEMPLATE, Method, choice_prompt, choose_method, classification, label_prompts
@@ -83,10 +85,12 @@ class AnswerStream(Iterator[str]):
 class RSVLM:
     """A loaded model. Not safe for use from several threads at once."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, *, max_batch: int = 16) -> None:
+    def __init__(
+        self, backend: Backend, tokenizer: Tokenizer, *, max_batch: int = 16, draft_table: DraftTable | None = None
+    ) -> None:
         self.backend = backend
         self.tokenizer = tokenizer
-        self.engine = Engine(backend, max_batch)
+        self.engine = Engine(backend, max_batch, draft_table=draft_table)
         self._label_texts: tuple[str, ...] = ()
         self._label_embeddings: npt.NDArray[np.float32] = np.zeros((0, 0), dtype=np.float32)
 
@@ -101,7 +105,11 @@ class RSVLM:
         if not folder.is_dir():
             step = "run `rsvlm pull` to make the default checkpoint" if path is None else "pass a folder that holds config.json"
             raise CheckpointError(f"checkpoint folder {folder} does not exist; {step}")
-        return cls(load_backend(folder, backend, precision), Tokenizer.from_folder(folder))
+        loaded, drafts = load_backend(folder, backend, precision), folder / DRAFTS
+        table = None
+        if isinstance(loaded, DraftingBackend) and loaded.config.language is not None and drafts.is_file():
+            table = DraftTable.load(drafts, loaded.config.language.vocab_size)
+        return cls(loaded, Tokenizer.from_folder(folder), draft_table=table)
 
     @property
     def config(self) -> RsvlmConfig:

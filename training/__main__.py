@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rsvlm_infer.config import ExpertsConfig, RsvlmConfig
+from rsvlm_infer.contract import DRAFTS
 from rsvlm_infer.knowledge.mine import mine, read_lexicon, read_scenes
 from rsvlm_infer.knowledge.store import KnowledgeBase
 from rsvlm_infer.models.rsvlm import RsvlmModel
@@ -32,7 +34,8 @@ from rsvlm_infer.pull import BASE_PARTS, DELTA_FOLDER
 from rsvlm_infer.text.tokenizer import Tokenizer
 
 from .dataset import Labelled, read_labelled, read_questions, read_split
-from .delta import write_delta
+from .delta import state_drafts, write_delta
+from .drafts import chosen_images, collect_answers, write_table
 from .language import Student, low_rank_names, student, train_language
 from .loop import trained_weights
 from .reward import train_reward
@@ -52,6 +55,7 @@ from .vision import VisionData, train_vision
 _log = logging.getLogger(__name__)
 
 STAGES = ("vision", "language", "reward", "texts", "delta")
+EXTRA = ("variants", "drafts")  # asked for by name; drafts after `rsvlm pull` has made the checkpoint of the new delta
 
 # Variants of the experts, all of equal active size: two of 256 hidden units, or one of 512. Modules are left out without training:
 # `python -m benchmarks.modules` switches them off.
@@ -124,15 +128,18 @@ def main() -> None:
     """Runs the stages that are asked for, in order."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument(
-        "stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all, in this order), or variants"
+        "stages",
+        nargs="*",
+        metavar="STAGE",
+        help=f"of {', '.join(STAGES)} (default: all, in this order), or {', '.join(EXTRA)}",
     )
     parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("recipe.json"))
     parser.add_argument("--base", type=Path, default=default_checkpoint(), help="folder with the pulled base parts")
     parser.add_argument("--fresh", action="store_true", help="start from the base parts, not from the packaged delta")
     chosen = parser.parse_args()
-    unknown = [stage for stage in chosen.stages if stage not in (*STAGES, "variants")]
+    unknown = [stage for stage in chosen.stages if stage not in (*STAGES, *EXTRA)]
     if unknown:
-        parser.error(f"STAGE must be of {', '.join(STAGES)}, variants, got {', '.join(unknown)}")
+        parser.error(f"STAGE must be of {', '.join((*STAGES, *EXTRA))}, got {', '.join(unknown)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if torch.cuda.is_available():
         torch.set_default_device("cuda")
@@ -144,6 +151,7 @@ def main() -> None:
         "texts": texts_stage,
         "delta": delta_stage,
         "variants": variants_stage,
+        "drafts": drafts_stage,
     }
     for stage in chosen.stages or STAGES:
         actions[stage](run)
@@ -287,6 +295,20 @@ def delta_stage(run: Run) -> None:
     logs.mkdir(exist_ok=True)
     for path in sorted(run.folder.glob("*.jsonl")):
         shutil.copyfile(path, logs / path.name)
+
+
+def drafts_stage(run: Run) -> None:
+    """The table that guesses next tokens, from captions of train images by the pulled checkpoint as a native package."""
+    from rsvlm_export.native import export_native
+    from rsvlm_infer import RSVLM
+
+    settings = run.settings("drafts")
+    with tempfile.TemporaryDirectory(dir=run.folder) as scratch:
+        model = RSVLM.from_pretrained(export_native(run.base, Path(scratch) / "package", settings["precision"]))
+        paths = chosen_images([record.path for record in read_split("train")], settings)
+        answers = collect_answers(model, paths, run.folder / "drafts.jsonl", settings["batch"])
+    write_table(answers, settings["longest"], DELTA_FOLDER / DRAFTS)
+    state_drafts(DELTA_FOLDER)
 
 
 if __name__ == "__main__":

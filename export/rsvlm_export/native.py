@@ -15,6 +15,7 @@ import torch
 
 from rsvlm_infer import __version__
 from rsvlm_infer.config import RsvlmConfig
+from rsvlm_infer.contract import DRAFTS
 from rsvlm_infer.errors import BackendError, CheckpointError
 from rsvlm_infer.hardware import native_why_not
 from rsvlm_infer.models.checkpoint import sha256_of
@@ -32,7 +33,7 @@ from rsvlm_infer.models.native_package import (
 )
 from rsvlm_infer.ops.weight_matmul import PackedWeight, pack_weight
 
-COPIED = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "MODEL_CARD.md")
+COPIED = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "MODEL_CARD.md", DRAFTS)
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the scale that reaches the largest weight
 # what int4 hurts most: of 24 captions of the default model 15 stay those of fp32 with the `down` matrices in int8, 11 without
 _INT8_IN_INT4 = ("embed_tokens", "lm_head", "down")

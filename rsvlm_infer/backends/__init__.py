@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..contract import PRECISIONS
@@ -15,15 +18,19 @@ from .base import Backend, DraftingBackend, Embeddings, GreedyBackend, ImageFeat
 __all__ = [
     "BACKENDS",
     "Backend",
+    "BackendChoice",
     "DraftingBackend",
     "Embeddings",
     "GreedyBackend",
     "ImageFeatures",
     "Prompt",
     "Query",
+    "choose_backend",
     "load_backend",
     "why_not",
 ]
+
+_log = logging.getLogger(__name__)
 
 # Backend -> precisions, in order of preference. Preference is data; capability is why_not().
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -59,19 +66,56 @@ def why_not(name: str) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class BackendChoice:
+    """What "auto" takes, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def choose_backend(path: str | Path) -> BackendChoice:
+    """What "auto" runs a folder on: the folder alone decides, so the same folder gives the same answers everywhere.
+
+    A package runs on the backend that it was made for; a checkpoint on eager, whose arithmetic is what the others are held to. Nothing
+    is measured, and no package that lies near a checkpoint is taken in its place; see docs/adr/0010-*.md.
+    """
+    if is_native_package(path):
+        return BackendChoice("native", "the folder is a package for it")
+    if is_package(path):
+        return BackendChoice("onnx", "the folder is a package for it")
+    first = next(iter(BACKENDS))
+    return BackendChoice(
+        first, "the folder is a checkpoint, which runs on the reference; `rsvlm export` makes faster packages of it"
+    )
+
+
+@functools.cache
+def _say(choice: BackendChoice, path: str) -> None:
+    """Once for each folder."""
+    _log.info("backend auto for %s is %s", path, choice)
+
+
 def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") -> Backend:
     """Loads a checkpoint folder, or an exported package, into a backend.
 
     Args:
-        path: checkpoint or package folder. name: "auto" = the package's backend, else the first that can run. precision: "auto" =
-            the package's, else the backend's first.
+        path: checkpoint or package folder. name: "auto" = see `choose_backend`. precision: "auto" = the package's, else the backend's
+            first.
 
     Raises:
         BackendError: an unknown backend or precision, or one that does not read this kind of folder. MissingDependencyError: none can
             run here. CheckpointError: a bad folder.
     """
     reader = "native" if is_native_package(path) else "onnx" if is_package(path) else None
-    chosen = (reader or next(iter(BACKENDS))) if name == "auto" else name
+    chosen = name
+    if name == "auto":
+        choice = choose_backend(path)
+        chosen = choice.name
+        _say(choice, str(path))
     reason = why_not(chosen)
     if reason is not None:
         raise MissingDependencyError(f"backend {chosen!r} cannot run here: {reason}")

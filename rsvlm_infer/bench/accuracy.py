@@ -127,5 +127,5 @@ def measure_accuracy(
     )
     wall_s = time.perf_counter() - started
     return AccuracyResult(
-        environment, describe(work), model.backend.name, model.backend.precision, metrics, round(wall_s, 1), predictions
+        environment, describe(work, ()), model.backend.name, model.backend.precision, metrics, round(wall_s, 1), predictions
     )

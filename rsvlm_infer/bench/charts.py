@@ -6,12 +6,12 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import MissingDependencyError
+from .pareto import draw_pareto, pareto_note, pareto_points
 from .schema import SCENARIOS, STAGES, Report, Row
-from .tables import other_ms, row_name
+from .style import INK, chart_style, load_figure, svg_text
+from .tables import other_ms
 
 WIDTH_IN = 9.6
-INK, QUIET = "#1f2933", "#6b7785"
 # Okabe and Ito's colours, told apart by colour-blind readers too; grey is for what no stage owns
 STAGE_COLORS = ("#56b4e9", "#f0e442", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
 OTHER_COLOR = "#b8c0c8"
@@ -24,31 +24,42 @@ def draw_charts(report: Report) -> list[tuple[str, str, str]]:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependencyError(
-            "charts need matplotlib, which is not installed; run: pip install 'rsvlm-infer[report]'"
-        ) from None
+    mpl, figure_class = load_figure()
     rows = [row for row in report.rows if row.ok]
     single = [row for row in rows if row.latency_ms is not None]
-    style: dict[Any, Any] = {
-        "font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK, "xtick.color": QUIET,
-        "ytick.color": INK, "axes.edgecolor": QUIET, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
-        "ytick.left": False, "axes.axisbelow": True, "grid.color": "#e3e7eb", "svg.hashsalt": "rsvlm-bench",
-    }  # fmt: skip
     charts = []
-    with mpl.rc_context(style):
+    with mpl.rc_context(chart_style()):
+        if pareto_points(report) is not None:
+            figure = draw_pareto(figure_class, report)
+            charts.append(("Accuracy against latency", pareto_note(report), svg_text(figure, "Accuracy against latency")))
         if single:
-            charts.append(("Where the time goes", "Mean of each stage, one image at a time.", _stages(Figure, single)))
+            charts.append(("Where the time goes", "Mean of each stage, one image at a time.", _stages(figure_class, single)))
             note = "Each dot is one image; the bar spans p50 to p95, the tick is p99."
-            charts.append(("Latency", note, _latency(Figure, single)))
+            charts.append(("Latency", note, _latency(figure_class, single)))
         if rows:
             charts.append(
-                ("Throughput and memory", "More images per second is better, less memory is better.", _totals(Figure, rows))
+                (
+                    "Throughput and memory",
+                    "More images per second is better, less memory is better.",
+                    _totals(figure_class, rows),
+                )
             )
     return charts
+
+
+def pareto_png(report: Report) -> bytes | None:
+    """The picture of accuracy against latency; None when no row has both.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    if pareto_points(report) is None:
+        return None
+    mpl, figure_class = load_figure()
+    buffer = io.BytesIO()
+    with mpl.rc_context(chart_style()):
+        draw_pareto(figure_class, report).savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _stages(figure_class: Any, rows: Sequence[Row]) -> str:
@@ -81,7 +92,7 @@ def _stages(figure_class: Any, rows: Sequence[Row]) -> str:
     axes.set_xlim(0, max(left) * 1.14)
     axes.set_xlabel("ms per image")
     figure.legend(loc="outside upper left", ncols=8, frameon=False, handlelength=1, columnspacing=1.2)
-    return _svg(figure, "Mean milliseconds per stage")
+    return svg_text(figure, "Mean milliseconds per stage")
 
 
 def _latency(figure_class: Any, rows: Sequence[Row]) -> str:
@@ -107,11 +118,11 @@ def _latency(figure_class: Any, rows: Sequence[Row]) -> str:
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xlim(0, max(row.latency_ms.p99 for row in rows if row.latency_ms is not None) * 1.4)
     axes.set_xlabel("ms per image")
-    return _svg(figure, "Latency of each image")
+    return svg_text(figure, "Latency of each image")
 
 
 def _totals(figure_class: Any, rows: Sequence[Row]) -> str:
-    names = list(dict.fromkeys(row_name(row) for row in rows))
+    names = list(dict.fromkeys(row.name for row in rows))
     scenarios = [scenario for scenario in SCENARIOS if any(row.scenario == scenario for row in rows)]
     figure = figure_class(figsize=(WIDTH_IN, 1.6 + 0.6 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -122,7 +133,7 @@ def _totals(figure_class: Any, rows: Sequence[Row]) -> str:
     ):
         for order, scenario in enumerate(scenarios):
             chosen = [row for row in rows if row.scenario == scenario]
-            places = [names.index(row_name(row)) + (order - (len(scenarios) - 1) / 2) * height for row in chosen]
+            places = [names.index(row.name) + (order - (len(scenarios) - 1) / 2) * height for row in chosen]
             lengths = [values[row.key] for row in chosen]
             axes.barh(
                 places, lengths, height=height * 0.9, color=SCENARIO_COLORS[scenario], label=scenario if axes is left else None
@@ -135,7 +146,7 @@ def _totals(figure_class: Any, rows: Sequence[Row]) -> str:
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     figure.legend(loc="outside upper left", ncols=len(scenarios), frameon=False, handlelength=1)
-    return _svg(figure, "Throughput and peak memory")
+    return svg_text(figure, "Throughput and peak memory")
 
 
 def _axes(figure_class: Any, height_in: float) -> tuple[Any, Any]:
@@ -146,13 +157,5 @@ def _axes(figure_class: Any, height_in: float) -> tuple[Any, Any]:
 
 
 def _name_rows(axes: Any, rows: Sequence[Row]) -> None:
-    axes.set_yticks(range(len(rows)), [row_name(row) for row in rows])
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.invert_yaxis()
-
-
-def _svg(figure: Any, title: str) -> str:
-    """SVG without XML prolog, scalable to the page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -16,18 +17,22 @@ from rich.text import Text
 
 from ..backends import BACKENDS
 from ..errors import InputError, MissingDependencyError, RsvlmError
+from ..models.load import embedder_digest
+from ..models.native_package import is_native_package
 from ..models.package import is_package
 from ..pipeline import default_checkpoint
 from .accuracy import measure_accuracy
+from .charts import pareto_png
 from .compare import Comparison, Rule, compare, refuse, setting_differences
 from .environment import environment
 from .html import render_html
 from .images import choose_images
 from .measure import Workload
 from .output import write_atomically
+from .plan import RowPlan, choose_models, package_choice, plan_rows
 from .rsvqa import fetch_rsvqa
-from .runner import describe, plan_rows, run_rows, thread_variables
-from .schema import BASELINE, SCENARIOS, Report, read_report
+from .runner import describe, run_rows, thread_variables
+from .schema import SCENARIOS, Report, read_report
 from .tables import Table, markdown, report_tables
 
 OK, ERROR, USAGE, PARTLY_FAILED = 0, 1, 2, 3
@@ -36,13 +41,14 @@ DEFAULT_LIMIT = 24  # two precisions in two scenarios take some minutes on two c
 DEFAULT_PRECISIONS = ("float32", "bfloat16")
 # options that say something about timed rows, which --accuracy-only has none of
 TIMED_ONLY = {
-    "scenario": "--scenario", "repeats": "--repeats", "warmup": "--warmup", "source": "--from", "compare": "--compare",
-    "fail_if": "--fail-if", "force": "--force",
+    "scenario": "--scenario", "package": "--package", "budget": "--budget", "repeats": "--repeats", "warmup": "--warmup",
+    "source": "--from", "compare": "--compare", "fail_if": "--fail-if", "force": "--force",
 }  # fmt: skip
 
 DESCRIPTION = """\
-Measures backends x precisions on real images: latency, throughput, memory, load time, and beside them how right and how equal to
-eager float32 the answers are. Eager float32 is the baseline of every run. Writes bench.json, bench.md and bench.html.
+Measures backends x precisions and exported packages on real images: latency, throughput, memory, load time, size, energy, and beside
+them how right and how equal to eager float32 the answers are. Eager float32 on the checkpoint is the baseline of every run. Writes
+bench.json, bench.md, bench.html and, where accuracy was measured, pareto.png.
 """
 EPILOG = """\
 rules for --fail-if:  METRIC OP LIMIT, for example
@@ -50,7 +56,8 @@ rules for --fail-if:  METRIC OP LIMIT, for example
   class_accuracy<-0.02  accuracy fell by more than 0.02
   peak_rss_bytes>2e9    the new value is above a limit
 metrics: p50 p90 p95 p99 mean std (latency in ms), the same of each stage and token time (encode_ms_p50, ttft_ms_p95, ...),
-images_per_s mpix_per_s tokens_per_s peak_rss_bytes load_ms disk_bytes, accuracy (class_accuracy, cider, answer_accuracy, ...)
+images_per_s mpix_per_s tokens_per_s peak_rss_bytes load_ms disk_bytes energy_j tokens_per_step
+draft_acceptance, accuracy (class_accuracy, cider, answer_accuracy, ...)
 and agreement (same_tokens, token_prefix, logits_max_abs, logits_cosine).
 exit codes: 0 ok, 1 error or violated rule, 2 usage, 3 some rows failed
 """
@@ -72,6 +79,21 @@ def parser() -> argparse.ArgumentParser:
         help=f"repeatable; known: {', '.join(BACKENDS)} (default: {DEFAULT_BACKEND})",
     )
     what.add_argument("--precision", action="append", metavar="NAME", help="repeatable (default: float32 and bfloat16)")
+    what.add_argument(
+        "--package",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="exported package, repeatable: a row beside eager float32 of the checkpoint, on the package's own backend",
+    )
+    what.add_argument(
+        "--budget",
+        type=_counts,
+        default=(),
+        metavar="N,N,...",
+        help="visual tokens that a plan may take, as an axis of the table",
+    )
     what.add_argument("--scenario", action="append", choices=SCENARIOS, help="repeatable (default: both)")
     what.add_argument("--accuracy-only", action="store_true", help="score one backend at one precision on the whole set, all "
                       "images unless limited; no timing, so nothing to compare")  # fmt: skip
@@ -83,9 +105,11 @@ def parser() -> argparse.ArgumentParser:
     images.add_argument("--questions-per-image", type=int, default=2, metavar="N", help="of RSVQA (default: 2)")
     images.add_argument("--seed", type=int, default=0, help="of choice and order (default: 0)")
     how = options.add_argument_group("how")
-    how.add_argument("--repeats", type=int, default=1, metavar="N", help="passes over the images (default: 1)")
+    how.add_argument("--repeats", type=int, default=1, metavar="N", help="rounds over all rows and images (default: 1)")
     how.add_argument("--warmup", type=int, default=2, metavar="N", help="images before the clock starts (default: 2)")
-    how.add_argument("--batch", type=int, default=4, metavar="N", help="images per batch in Offline (default: 4)")
+    how.add_argument(
+        "--batch", type=_counts, default=(4,), metavar="N,N,...", help="images per batch in Offline, as 1,8,32 (default: 4)"
+    )
     how.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="per caption (default: 32)")
     how.add_argument("--tiling", choices=("fixed", "anyres", "dris"), help="default: the checkpoint's own")
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as the libraries choose)")
@@ -98,6 +122,14 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--force", action="store_true", help="compare although machine, workload or schema differ")
     return options
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """The text 1,8,32 as numbers from 1 on, each once."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"must be whole numbers from 1, with commas between them, got {text!r}")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -138,7 +170,7 @@ def _refuse_beside_accuracy(options: argparse.Namespace) -> None:
     """What --accuracy-only would not do must not look done: a gate that is never applied is an open one."""
     defaults = parser()
     found = [flag for name, flag in TIMED_ONLY.items() if getattr(options, name) != defaults.get_default(name)]
-    found += [f"several --{name}" for name in ("backend", "precision") if len(getattr(options, name) or ()) > 1]
+    found += [f"several --{name}" for name in ("backend", "precision", "batch") if len(getattr(options, name) or ()) > 1]
     if found:
         raise InputError(
             f"--accuracy-only cannot be combined with {', '.join(found)}: it scores one backend at one precision and times "
@@ -152,16 +184,11 @@ def _run_bench(options: argparse.Namespace, arguments: Sequence[str], rules: lis
         report = read_report(options.source)
     else:
         work, here = _workload(options, DEFAULT_LIMIT, errors), environment(arguments)
-        packaged = is_package(work.checkpoint)  # it has one precision, its own, and runs on one backend
-        rows = plan_rows(
-            options.backend or ["onnx" if packaged else DEFAULT_BACKEND],
-            options.precision or (["auto"] if packaged else DEFAULT_PRECISIONS),
-            options.scenario or SCENARIOS,
-            baseline=not packaged,
-        )
+        rows, warnings = _plan(options, work)
         if older is not None:  # before minutes are spent on a result that cannot be compared
-            refuse(setting_differences(Report(here, describe(work), ()), older), force=options.force)
+            refuse(setting_differences(Report(here, describe(work, rows), ()), older), force=options.force)
         report = run_rows(work, rows, here, errors)
+        report = dataclasses.replace(report, warnings=(*warnings, *report.warnings))
     try:
         comparison = None if older is None else compare(report, older, rules, force=options.force)
     except InputError:
@@ -173,9 +200,34 @@ def _run_bench(options: argparse.Namespace, arguments: Sequence[str], rules: lis
     for line in comparison.violations if comparison else ():
         errors.print(f"violated: {line}", style="red", markup=False, soft_wrap=True)
     failed = [row for row in report.rows if not row.ok]
-    if (comparison and comparison.violations) or any(row.key[:2] == BASELINE for row in failed):
+    if (comparison and comparison.violations) or any(row.is_baseline_of(row) for row in failed):
         return ERROR
     return PARTLY_FAILED if failed else OK
+
+
+def _plan(options: argparse.Namespace, work: Workload) -> tuple[list[RowPlan], list[str]]:
+    """The rows of a run, and what makes packages hard to compare with the checkpoint."""
+    packages = [package_choice(folder) for folder in options.package]
+    packaged = is_package(work.checkpoint) or is_native_package(work.checkpoint)
+    if packaged:  # it has one precision, its own, and runs on one backend
+        packages.insert(0, package_choice(Path(work.checkpoint)))
+    asked = options.backend or options.precision or not packages
+    models = choose_models(
+        work.checkpoint,
+        (options.backend or [DEFAULT_BACKEND]) if asked and not packaged else [],
+        options.precision or DEFAULT_PRECISIONS,
+        packages,
+        baseline=not packaged,
+    )
+    warnings = []
+    if packages and not packaged:
+        own = embedder_digest(work.checkpoint)
+        warnings = [
+            f"package {package.folder} was made from another checkpoint: its accuracy and agreement are not those of this one"
+            for package in packages
+            if package.embedder != own
+        ]
+    return plan_rows(models, options.scenario or SCENARIOS, budgets=options.budget, batches=options.batch), warnings
 
 
 def _run_accuracy(options: argparse.Namespace, arguments: Sequence[str], errors: Console) -> int:
@@ -204,7 +256,7 @@ def _workload(options: argparse.Namespace, default_limit: int | None, errors: Co
         images=images.limited(limit or None, options.seed),
         repeats=options.repeats,
         warmup=options.warmup,
-        offline_batch=options.batch,
+        offline_batch=options.batch[0],
         max_new_tokens=options.max_new_tokens,
         tiling=options.tiling,
         threads=options.threads,
@@ -232,9 +284,14 @@ def _write(report: Report, comparison: Comparison | None, folder: Path, errors: 
         files["bench.html"] = render_html(report, comparison)
     except MissingDependencyError as error:
         errors.print(f"no bench.html: {error}", style="yellow", markup=False, soft_wrap=True)
-    for name, text in files.items():
-        write_atomically(folder / name, text)
-    return [folder / name for name in files]
+    try:
+        picture = pareto_png(report)
+    except MissingDependencyError:
+        picture = None  # said above
+    contents: dict[str, str | bytes] = {**files, **({} if picture is None else {"pareto.png": picture})}
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in contents]
 
 
 def _show(tables: Sequence[Table], warnings: Sequence[str], errors: Console) -> None:

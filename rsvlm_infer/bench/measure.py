@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ import numpy.typing as npt
 from ..errors import InputError, MissingDependencyError
 from ..evaluation.datasets import Question
 from ..hardware import peak_rss_bytes
+from .energy import EnergyReading, read_energy
 from .images import ImageSet, Sample
 from .quality import caption_quality, class_quality, classify_samples, question_quality
-from .schema import STAGES, TOKEN_TIMES, Row, Scenario, Summary
+from .schema import STAGES, TOKEN_TIMES, Row, Summary
 
 DEFAULT_MODEL = "rsvlm_infer.pipeline:RSVLM"
 
@@ -42,6 +43,7 @@ class Workload:
     offline_batch: int = 4
     max_new_tokens: int = 32
     tiling: str | None = None
+    max_visual_tokens: int | None = None
     threads: int | None = None
     seed: int = 0
     logits_images: int = 8
@@ -59,40 +61,82 @@ class Workload:
     @property
     def scene_options(self) -> dict[str, Any]:
         """How every call of a run reads an image, be it captioned, classified, asked about or embedded."""
-        return {} if self.tiling is None else {"tiling": self.tiling}
+        given = {"tiling": self.tiling, "max_visual_tokens": self.max_visual_tokens}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """One pass over all images: milliseconds of each, and totals. Passes of several processes join to one row."""
+
+    images: int
+    latencies_ms: list[float]
+    stages: dict[str, list[float]]
+    token_times: dict[str, list[float]]
+    wall_s: float
+    pixels: int
+    visual: int
+    generated: int
+    energy_j: float | None
+    energy_why_not: str | None
+    draft_steps: int
+    draft_tokens: int
+    drafted: int
+    accepted: int
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A row, and what the agreement is made of: greedy tokens by image, first logits [n, V] of the first images."""
+    """A row, its passes, and what the agreement is made of: greedy tokens by image, first logits [n, V] of the first images."""
 
     row: Row
+    passes: list[PassTimes]
     token_ids: dict[str, list[int]]
     logits: npt.NDArray[np.float32]
 
 
-def measure(work: Workload, backend: str, precision: str, scenario: Scenario, progress: Progress) -> Measurement:
+def measure(
+    work: Workload,
+    row: Row,
+    progress: Progress,
+    *,
+    repeats: Sequence[int] | None = None,
+    judged: bool = True,
+) -> Measurement:
     """Loads the model, warms up, measures, then judges. `progress(done, total)` counts images and judged items.
+
+    Args:
+        row: what to measure: its backend, precision and scenario. repeats: which of the work's repeats, None = all: each has its own
+        order. judged: False leaves out accuracy and first logits, which another process has found.
 
     Raises:
         RsvlmError: whatever keeps the model from loading or an image from being read.
     """
-    samples = work.images.samples
-    judged = sum((sample.label is not None) + len(sample.questions) for sample in samples)
-    logits_samples = samples[: work.logits_images]
-    counter = _Counter(progress, min(work.warmup, len(samples)) + work.repeats * len(samples) + len(logits_samples) + judged)
+    samples, scenario = work.images.samples, row.scenario
+    repeats = range(work.repeats) if repeats is None else repeats
+    items = sum((sample.label is not None) + len(sample.questions) for sample in samples) if judged else 0
+    logits_samples = samples[: work.logits_images] if judged else ()
+    counter = _Counter(progress, min(work.warmup, len(samples)) + len(repeats) * len(samples) + len(logits_samples) + items)
 
     started = time.perf_counter()
-    model = load_model(work, backend, precision)
+    model = load_model(work, row.backend, row.precision)
     load_ms = (time.perf_counter() - started) * 1e3
 
     for _ in _answers(model, work, scenario, list(samples[: work.warmup])):
         counter.step()
-    passes = [_timed_pass(model, work, scenario, repeat, counter) for repeat in range(work.repeats)]
+    if hasattr(model.backend, "forget"):
+        model.backend.forget()  # or the images of the warm-up would be known
+    passes = [_timed_pass(model, work, scenario, repeat, counter) for repeat in repeats]
     peak = peak_rss_bytes()
 
     first = {sample.name: answer for sample, answer in passes[0].answers}
-    row = _row(backend, precision, scenario, passes)
+    times = [_pass_times(each, scenario) for each in passes]
+    row = dataclasses.replace(
+        join_passes(row, times), load_ms=load_ms, peak_rss_bytes=peak or None, disk_bytes=folder_bytes(Path(work.checkpoint))
+    )
+    token_ids = {name: [int(i) for i in answer.token_ids] for name, answer in first.items()}
+    if not judged:
+        return Measurement(row, times, token_ids, np.zeros((0, 0), dtype=np.float32))
     quality: dict[str, float] = {}
     with contextlib.suppress(MissingDependencyError):  # the runner warns once for all rows
         quality |= caption_quality({name: answer.text for name, answer in first.items()}, samples)
@@ -101,15 +145,8 @@ def measure(work: Workload, backend: str, precision: str, scenario: Scenario, pr
         predicted = classify_samples(model, samples, work.images.labels, work.scene_options, counter.step)
         quality |= class_quality(predicted, samples)
     quality |= question_quality(model, samples, work.scene_options, counter.step)
-    row = dataclasses.replace(
-        row,
-        load_ms=load_ms,
-        peak_rss_bytes=peak or None,
-        disk_bytes=folder_bytes(Path(work.checkpoint)),
-        quality=quality,
-        answers={name: answer.text for name, answer in first.items()},
-    )
-    return Measurement(row, {name: [int(i) for i in answer.token_ids] for name, answer in first.items()}, logits)
+    row = dataclasses.replace(row, quality=quality, answers={name: answer.text for name, answer in first.items()})
+    return Measurement(row, times, token_ids, logits)
 
 
 def load_model(work: Workload, backend: str, precision: str) -> Any:
@@ -124,7 +161,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def first_logits(
-    model: Any, work: Workload, scenario: Scenario, samples: tuple[Sample, ...], step: Callable[[], None]
+    model: Any, work: Workload, scenario: str, samples: tuple[Sample, ...], step: Callable[[], None]
 ) -> npt.NDArray[np.float32]:
     """Logits [n, V] after the prompt of each sample, in the scenario's own batches; [0, 0] for no samples."""
     if not samples:
@@ -172,9 +209,12 @@ class _Pass:
     answers: list[tuple[Sample, Any]]
     latencies_ms: list[float]
     wall_s: float
+    energy_j: float | None
+    energy_why_not: str | None
+    drafts: tuple[int, ...]  # steps, tokens, guessed and accepted ones
 
 
-def _answers(model: Any, work: Workload, scenario: Scenario, samples: list[Sample]) -> Iterator[Any]:
+def _answers(model: Any, work: Workload, scenario: str, samples: list[Sample]) -> Iterator[Any]:
     options: dict[str, Any] = {"max_new_tokens": work.max_new_tokens, **work.scene_options}
     if scenario == "Offline":
         paths = [sample.path for sample in samples]
@@ -184,11 +224,12 @@ def _answers(model: Any, work: Workload, scenario: Scenario, samples: list[Sampl
             yield model.caption(sample.path, **options)
 
 
-def _timed_pass(model: Any, work: Workload, scenario: Scenario, repeat: int, counter: _Counter) -> _Pass:
+def _timed_pass(model: Any, work: Workload, scenario: str, repeat: int, counter: _Counter) -> _Pass:
     """All images once, in an order of this repeat's own."""
     order = list(work.images.samples)
     random.Random(f"{work.seed} {repeat}").shuffle(order)
     answers, latencies = [], []
+    drafts, energy = _draft_counts(model), read_energy()
     started = previous = time.perf_counter()
     for answer in _answers(model, work, scenario, order):
         now = time.perf_counter()
@@ -199,35 +240,72 @@ def _timed_pass(model: Any, work: Workload, scenario: Scenario, repeat: int, cou
     wall_s = time.perf_counter() - started
     if scenario == "SingleStream":
         wall_s = sum(latencies) / 1e3
-    return _Pass(list(zip(order, answers, strict=True)), latencies, wall_s)
+    after = read_energy()
+    readable = isinstance(energy, EnergyReading) and isinstance(after, EnergyReading)
+    joules = after.joules_since(energy) if isinstance(energy, EnergyReading) and isinstance(after, EnergyReading) else None
+    why_not = None if readable else next(each for each in (energy, after) if isinstance(each, str))
+    counted = tuple(now - then for now, then in zip(_draft_counts(model), drafts, strict=True))
+    return _Pass(list(zip(order, answers, strict=True)), latencies, wall_s, joules, why_not, counted)
 
 
-def _row(backend: str, precision: str, scenario: Scenario, passes: list[_Pass]) -> Row:
-    answers = [answer for each in passes for _, answer in each.answers]
-    wall_s = sum(each.wall_s for each in passes)
-    latencies = [value for each in passes for value in each.latencies_ms]
-    pixels = sum(answer.plan.scene_height * answer.plan.scene_width for answer in answers)
-    generated = sum(answer.tokens.generated for answer in answers)
+def _draft_counts(model: Any) -> tuple[int, int, int, int]:
+    """Steps, tokens, guessed and accepted tokens so far, of a model whose engine counts them."""
+    drafts = getattr(getattr(model, "engine", None), "drafts", None)
+    return (0, 0, 0, 0) if drafts is None else (drafts.all_steps, drafts.all_tokens, drafts.drafted, drafts.accepted)
+
+
+def _pass_times(each: _Pass, scenario: str) -> PassTimes:
+    answers = [answer for _, answer in each.answers]
     several = [answer for answer in answers if answer.tokens.generated > 1]  # one token has no time per further token
-    token_times = {"ttft_ms": answers, "tpot_ms": several}
-    single = scenario == "SingleStream"
-    return Row(
-        backend=backend,
-        precision=precision,
-        scenario=scenario,
-        images=len(passes[0].answers),
+    chosen = {"ttft_ms": answers, "tpot_ms": several}
+    steps, tokens, drafted, accepted = each.drafts
+    return PassTimes(
+        images=len(answers),
+        latencies_ms=each.latencies_ms if scenario == "SingleStream" else [],
+        stages={name: [getattr(answer.timings, name) for answer in answers] for name in STAGES},
+        token_times={name: [getattr(answer.timings, name) for answer in chosen[name]] for name in TOKEN_TIMES},
+        wall_s=each.wall_s,
+        pixels=sum(answer.plan.scene_height * answer.plan.scene_width for answer in answers),
+        visual=sum(answer.tokens.visual for answer in answers),
+        generated=sum(answer.tokens.generated for answer in answers),
+        energy_j=each.energy_j,
+        energy_why_not=each.energy_why_not,
+        draft_steps=steps,
+        draft_tokens=tokens,
+        drafted=drafted,
+        accepted=accepted,
+    )
+
+
+def join_passes(row: Row, passes: Sequence[PassTimes]) -> Row:
+    """The row's numbers from all its passes."""
+    images, wall_s = sum(each.images for each in passes), sum(each.wall_s for each in passes)
+    latencies = [value for each in passes for value in each.latencies_ms]
+    generated, drafted, steps = (
+        sum(getattr(each, name) for each in passes) for name in ("generated", "drafted", "draft_steps")
+    )
+    joined = {
+        part: {name: [value for each in passes for value in getattr(each, part)[name]] for name in getattr(passes[0], part)}
+        for part in ("stages", "token_times")
+    }
+    joules = [each.energy_j for each in passes if each.energy_j is not None]
+    return dataclasses.replace(
+        row,
+        images=passes[0].images,
         repeats=len(passes),
-        latency_ms=Summary.of(latencies) if single else None,
-        samples_ms=tuple(round(value, 3) for value in latencies) if single else (),
-        stages={name: Summary.of([getattr(answer.timings, name) for answer in answers]) for name in STAGES},
-        token_times={
-            name: Summary.of([getattr(a.timings, name) for a in token_times[name]]) for name in TOKEN_TIMES if token_times[name]
-        },
-        images_per_s=len(answers) / wall_s,
-        mpix_per_s=pixels / 1e6 / wall_s,
+        latency_ms=Summary.of(latencies) if latencies else None,
+        samples_ms=tuple(round(value, 3) for value in latencies),
+        stages={name: Summary.of(values) for name, values in joined["stages"].items()},
+        token_times={name: Summary.of(values) for name, values in joined["token_times"].items() if values},
+        images_per_s=images / wall_s,
+        mpix_per_s=sum(each.pixels for each in passes) / 1e6 / wall_s,
         tokens_per_s=generated / wall_s,
-        visual_tokens=sum(answer.tokens.visual for answer in answers) / len(answers),
-        generated_tokens=generated / len(answers),
+        visual_tokens=sum(each.visual for each in passes) / images,
+        generated_tokens=generated / images,
+        energy_j=sum(joules) / images if len(joules) == len(passes) else None,
+        energy_why_not=next((each.energy_why_not for each in passes if each.energy_why_not), None),
+        tokens_per_step=sum(each.draft_tokens for each in passes) / steps if drafted else None,
+        draft_acceptance=sum(each.accepted for each in passes) / drafted if drafted else None,
     )
 
 

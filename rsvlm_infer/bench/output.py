@@ -9,8 +9,8 @@ from pathlib import Path
 from ..errors import InputError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes UTF-8 text beside its place and moves it in; the folder is made when absent.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes bytes, or text as UTF-8, beside its place and moves it in; the folder is made when absent.
 
     Raises:
         InputError: the folder cannot be written.
@@ -23,8 +23,8 @@ def write_atomically(path: Path, text: str) -> None:
             f"--output must be a folder that can be written, got {path.parent} ({error.strerror}); choose another"
         ) from None
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         Path(name).chmod(0o644)
         Path(name).replace(path)
     except BaseException:

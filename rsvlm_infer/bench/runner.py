@@ -1,6 +1,7 @@
-"""Runs the rows of a bench, each in a fresh process, and joins them to one report. Knows processes and progress, no model.
+"""Runs the rows of a bench, each in fresh processes, and joins them to one report. Knows processes and progress, no model.
 
-A fresh process per row gives each its own load time and memory peak, and one that fails leaves the others alone.
+A fresh process per row and repeat gives each its own load time and memory peak, and one that fails leaves the others alone. Repeats
+are rounds: every row once, then every row again in the other direction, so that what slows the machine for a while slows them all.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..errors import InputError
+from ..backends import choose_backend
 from ..hardware import library_version
 from .environment import busy_warning
-from .measure import Workload, workload_to_dict
-from .schema import BASELINE, SCENARIOS, Agreement, Report, Row, row_from_dict
+from .measure import PassTimes, Workload, join_passes, workload_to_dict
+from .plan import RowPlan
+from .schema import Agreement, Report, Row, row_from_dict
 
 FEW_VALUES = 100  # below this, p99 is next to the largest value
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -38,46 +41,48 @@ class Outcome:
     row: Row
     token_ids: dict[str, list[int]]
     logits: npt.NDArray[np.float32]  # [n, V], [0, 0] when it failed
+    passes: list[PassTimes] = field(default_factory=list)
 
 
-def plan_rows(
-    backends: Sequence[str], precisions: Sequence[str], scenarios: Sequence[str], *, baseline: bool = True
-) -> list[tuple[str, str, str]]:
-    """(backend, precision, scenario) to measure: the baseline first in each scenario, whether it was asked for or not.
-
-    baseline: False for an exported package, which the baseline's backend cannot read.
-
-    Raises:
-        InputError: an unknown scenario.
-    """
-    unknown = sorted(set(scenarios) - set(SCENARIOS))
-    if unknown:
-        raise InputError(f"scenario must be one of {list(SCENARIOS)}, got {unknown}; choose one of them")
-    pairs = dict.fromkeys(
-        [*([BASELINE] if baseline else []), *((backend, precision) for backend in backends for precision in precisions)]
-    )
-    return [(*pair, scenario) for scenario in dict.fromkeys(scenarios) for pair in pairs]
-
-
-def run_rows(work: Workload, rows: Sequence[tuple[str, str, str]], environment: dict[str, Any], console: Console) -> Report:
-    """Measures every row and compares it with eager float32; rows that failed carry their error."""
-    outcomes: dict[tuple[str, str, str], Outcome] = {}
-    for number, key in enumerate(rows, 1):
-        with tempfile.TemporaryDirectory(prefix="rsvlm-bench-") as folder:
-            outcomes[key] = _run_row(work, key, Path(folder), console, f"{number}/{len(rows)} {' '.join(key)}")
-        error = outcomes[key].row.error
-        if error is not None:
-            console.print(f"{' '.join(key)} failed: {error}", style="red", markup=False)
+def run_rows(work: Workload, plans: Sequence[RowPlan], environment: dict[str, Any], console: Console) -> Report:
+    """Measures every row and compares it with eager float32 at the same work; rows that failed carry their error."""
+    rounds: dict[RowPlan, list[Outcome]] = {plan: [] for plan in plans}
+    for repeat in range(work.repeats):
+        for number, plan in enumerate(plans if repeat % 2 == 0 else reversed(plans), 1 + repeat * len(plans)):
+            if rounds[plan] and not rounds[plan][-1].row.ok:
+                continue
+            title = f"{number}/{len(plans) * work.repeats} {plan.row().title}"
+            with tempfile.TemporaryDirectory(prefix="rsvlm-bench-") as folder:
+                outcome = _run_row(work, plan, repeat, Path(folder), console, title)
+            rounds[plan].append(outcome)
+            if outcome.row.error is not None:
+                console.print(f"{plan.row().title} failed: {outcome.row.error}", style="red", markup=False)
+    outcomes = [_joined(each) for each in rounds.values()]
     joined = []
-    for key, outcome in outcomes.items():
-        reference = outcomes.get((*BASELINE, key[2]))
-        comparable = outcome.row.ok and reference is not None and reference.row.ok
+    for outcome in outcomes:
+        reference = next((each for each in outcomes if each.row.is_baseline_of(outcome.row) and each.row.ok), None)
+        comparable = outcome.row.ok and reference is not None
         joined.append(
             dataclasses.replace(outcome.row, agreement=agreement(outcome, reference))
             if comparable and reference
             else outcome.row
         )
-    return Report(environment, describe(work), tuple(joined), tuple(_warnings(work, joined, environment)))
+    return Report(environment, describe(work, plans), tuple(joined), tuple(_warnings(work, joined, environment)))
+
+
+def _joined(rounds: Sequence[Outcome]) -> Outcome:
+    """One outcome of a row's rounds; the first one was judged."""
+    first, last = rounds[0], rounds[-1]
+    if not last.row.ok:
+        return last
+    loads = [outcome.row.load_ms for outcome in rounds if outcome.row.load_ms is not None]
+    peaks = [outcome.row.peak_rss_bytes for outcome in rounds if outcome.row.peak_rss_bytes is not None]
+    row = dataclasses.replace(
+        join_passes(first.row, [each for outcome in rounds for each in outcome.passes]),
+        load_ms=statistics.median(loads) if loads else None,
+        peak_rss_bytes=max(peaks, default=None),
+    )
+    return dataclasses.replace(first, row=row)
 
 
 def agreement(outcome: Outcome, reference: Outcome) -> Agreement:
@@ -95,10 +100,19 @@ def agreement(outcome: Outcome, reference: Outcome) -> Agreement:
     return Agreement(len(names), sum(same) / len(names), sum(prefix) / len(names), max_abs, cosine)
 
 
-def describe(work: Workload) -> dict[str, Any]:
+def describe(work: Workload, plans: Sequence[RowPlan]) -> dict[str, Any]:
     """The workload as the report shows it: what was run on what."""
+    models = dict.fromkeys(plan.model for plan in plans)
     return {
         "checkpoint": work.checkpoint,
+        "auto_backend": str(choose_backend(work.checkpoint)),
+        "packages": [
+            {"row": f"{model.backend} {model.precision}", "label": model.label, "path": model.folder}
+            for model in models
+            if model.embedder is not None
+        ],
+        "budgets": list(dict.fromkeys(plan.budget for plan in plans if plan.budget is not None)),
+        "batches": list(dict.fromkeys(plan.batch for plan in plans if plan.batch is not None)),
         "image_set": work.images.name,
         "image_source": work.images.source,
         "images": len(work.images.samples),
@@ -118,8 +132,13 @@ def describe(work: Workload) -> dict[str, Any]:
     }
 
 
-def _run_row(work: Workload, key: tuple[str, str, str], folder: Path, console: Console, title: str) -> Outcome:
-    job = {"backend": key[0], "precision": key[1], "scenario": key[2], "workload": workload_to_dict(work)}
+def _run_row(work: Workload, plan: RowPlan, repeat: int, folder: Path, console: Console, title: str) -> Outcome:
+    job = {
+        "row": dataclasses.asdict(plan.row()),
+        "workload": workload_to_dict(plan.workload(work)),
+        "repeats": [repeat],
+        "judged": repeat == 0,
+    }
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     command = [sys.executable, "-m", "rsvlm_infer.bench.worker", str(folder)]
     with (folder / "stderr.txt").open("w+", encoding="utf-8", errors="replace") as errors:
@@ -135,11 +154,11 @@ def _run_row(work: Workload, key: tuple[str, str, str], folder: Path, console: C
         said = errors.read().strip().splitlines()
     if code != 0 or not (folder / "result.json").is_file():
         reason = said[-1] if said else "it said nothing"
-        return _failed(key, f"the measuring process ended with exit code {code}: {reason}")
+        return _failed(plan, f"the measuring process ended with exit code {code}: {reason}")
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     row = row_from_dict(result["row"])
     logits = np.load(folder / "logits.npy", allow_pickle=False) if row.ok else np.zeros((0, 0), dtype=np.float32)
-    return Outcome(row, result["token_ids"], logits)
+    return Outcome(row, result["token_ids"], logits, [PassTimes(**each) for each in result["passes"]])
 
 
 def thread_variables(threads: int | None) -> dict[str, str]:
@@ -147,8 +166,8 @@ def thread_variables(threads: int | None) -> dict[str, str]:
     return {} if threads is None else dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
-def _failed(key: tuple[str, str, str], error: str) -> Outcome:
-    return Outcome(Row(*key, error=error), {}, np.zeros((0, 0), dtype=np.float32))
+def _failed(plan: RowPlan, error: str) -> Outcome:
+    return Outcome(plan.row(error), {}, np.zeros((0, 0), dtype=np.float32))
 
 
 def _worker_environment(work: Workload) -> dict[str, str]:
@@ -191,4 +210,6 @@ def _warnings(work: Workload, rows: Sequence[Row], environment: dict[str, Any]) 
         if library_version("pycocoevalcap") is None:
             found.append("pycocoevalcap is not installed, so captions have no score; run: pip install 'rsvlm-infer[eval]'")
         found.append("CIDEr and BLEU depend on the set: compare them only between rows and runs with the same images")
+    reasons = dict.fromkeys(row.energy_why_not for row in rows if row.energy_why_not)
+    found += [f"energy is {reason}" for reason in reasons]
     return [line for line in found if line is not None]

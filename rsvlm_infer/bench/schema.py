@@ -16,13 +16,13 @@ import numpy as np
 
 from ..errors import InputError
 
+Scenario = Literal["SingleStream", "Offline"]
+
 SCHEMA = "rsvlm-bench/1"
 STAGES = ("read_ms", "plan_ms", "preprocess_ms", "encode_ms", "augment_ms", "prefill_ms", "decode_ms")
 TOKEN_TIMES = ("ttft_ms", "tpot_ms")
-SCENARIOS = ("SingleStream", "Offline")
+SCENARIOS: tuple[Scenario, ...] = ("SingleStream", "Offline")
 BASELINE = ("eager", "float32")
-
-Scenario = Literal["SingleStream", "Offline"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ class Row:
     `latency_ms` has one value per image and repeat; it is None in Offline, where only the whole has a time.
     In Offline, `prefill_ms`, `decode_ms` and `ttft_ms` of an image are those of its batch.
     peak_rss_bytes: of the process until the last measured image · load_ms: `RSVLM.from_pretrained`, imports included.
+    With several repeats each one is a process of its own: the peak is the largest, the load the median.
+    package: name of the package that ran, where backend and precision do not tell it from another one · budget: visual tokens that
+    the plan may take, batch: images of an Offline batch, both None unless the run varies them · energy_j: joules per image.
+    tokens_per_step, draft_acceptance: of backends that check guessed tokens; see `engine.drafts.DraftCounts`.
     """
 
     backend: str
@@ -91,18 +95,38 @@ class Row:
     quality: dict[str, float] = field(default_factory=dict)
     agreement: Agreement | None = None
     answers: dict[str, str] = field(default_factory=dict)
+    package: str | None = None
+    budget: int | None = None
+    batch: int | None = None
+    energy_j: float | None = None
+    energy_why_not: str | None = None
+    tokens_per_step: float | None = None
+    draft_acceptance: float | None = None
 
     @property
     def ok(self) -> bool:
         return self.error is None
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return (self.backend, self.precision, self.scenario)
+    def name(self) -> str:
+        """What ran, without the scenario."""
+        return " ".join((self.backend, self.precision, *self.key[3:]))
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells a row from the others of its run: backend, precision, scenario, and the axes that the run varies."""
+        budget = () if self.budget is None else (f"budget {self.budget}",)
+        batch = () if self.batch is None else (f"batch {self.batch}",)
+        return (self.backend, self.precision, self.scenario, *([self.package] if self.package else []), *budget, *batch)
 
     @property
     def title(self) -> str:
-        return f"{self.backend} {self.precision} {self.scenario}"
+        return " ".join(self.key)
+
+    def is_baseline_of(self, other: Row) -> bool:
+        """Whether this is eager float32 on the checkpoint at the same work as `other`."""
+        same = (self.scenario, self.budget, self.batch) == (other.scenario, other.budget, other.batch)
+        return same and (self.backend, self.precision) == BASELINE and self.package is None
 
     def metrics(self) -> dict[str, float]:
         """Every number of the row by a flat name: `p95`, `ttft_ms_p50`, `encode_ms_mean`, `images_per_s`, `cider`, ..."""
@@ -115,7 +139,9 @@ class Row:
                         values[statistic] = getattr(summary, statistic)
         for name in ("images_per_s", "mpix_per_s", "tokens_per_s", "visual_tokens", "generated_tokens", "peak_rss_bytes"):
             values[name] = getattr(self, name)
-        values |= {"load_ms": self.load_ms, "disk_bytes": self.disk_bytes, **self.quality}
+        for name in ("load_ms", "disk_bytes", "energy_j", "tokens_per_step", "draft_acceptance"):
+            values[name] = getattr(self, name)
+        values |= self.quality
         if self.agreement is not None:
             values |= {name: value for name, value in dataclasses.asdict(self.agreement).items() if name != "images"}
         return {name: float(value) for name, value in values.items() if value is not None}
@@ -131,13 +157,13 @@ class Report:
     warnings: tuple[str, ...] = ()
     schema: str = SCHEMA
 
-    def baseline(self, scenario: str) -> Row | None:
-        """The row of eager float32 in this scenario, if it ran."""
-        return next((row for row in self.rows if row.key == (*BASELINE, scenario) and row.ok), None)
+    def baseline(self, row: Row) -> Row | None:
+        """Eager float32 at the same work as this row, if it ran."""
+        return next((each for each in self.rows if each.is_baseline_of(row) and each.ok), None)
 
     def ratios(self, row: Row) -> dict[str, float]:
         """This row against eager float32 of the same run; above 1 is better: faster or smaller."""
-        baseline = self.baseline(row.scenario)
+        baseline = self.baseline(row)
         if baseline is None or not row.ok:
             return {}
         new, old = row.metrics(), baseline.metrics()

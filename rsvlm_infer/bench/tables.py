@@ -77,7 +77,9 @@ def summary_lines(report: Report) -> list[tuple[str, str]]:
             f"{work.get('images')} of {work.get('image_set')}, {work.get('repeats')} repeat(s), {work.get('warmup')} for warm-up",
         ),
         ("checkpoint", str(work.get("checkpoint"))),
-        ("answers", f"greedy, at most {work.get('max_new_tokens')} tokens; Offline in batches of {work.get('offline_batch')}"),
+        *([("backend auto", str(work["auto_backend"]))] if "auto_backend" in work else []),
+        *((f"package {entry['label'] or entry['row']}", str(entry["path"])) for entry in work.get("packages") or ()),
+        ("answers", f"greedy, at most {work.get('max_new_tokens')} tokens; Offline in batches {_batches(report)}"),
         ("machine", f"{machine.get('cpu')}, {machine.get('cores')} cores, {bytes_text(machine.get('memory_bytes'))} memory"),
         ("GPUs", ", ".join(gpu["name"] for gpu in machine.get("gpus") or ()) or "none"),
         ("threads", str(work.get("threads") or "as the libraries choose")),
@@ -117,10 +119,6 @@ def metric_title(name: str) -> str:
     return METRIC_TITLES.get(name, name.replace("_", " "))
 
 
-def row_name(row: Row) -> str:
-    return f"{row.backend} {row.precision}"
-
-
 def _headline(report: Report, scenario: str) -> Table:
     rows = [row for row in report.rows if row.scenario == scenario and row.ok]
     single = scenario == "SingleStream"
@@ -143,10 +141,15 @@ def _headline(report: Report, scenario: str) -> Table:
     note = (
         "One image at a time. TTFT and TPOT are medians; × eager fp32 is throughput against the baseline of the same run."
         if single
-        else f"All images at once, in batches of {report.workload.get('offline_batch')}. TTFT is from the start of an image's batch."
+        else f"All images at once, in batches {_batches(report)}. TTFT is from the start of an image's batch."
     )
     note += _one_by_one_note(rows)
-    return Table(scenario, ("row", *(title for title, _ in columns)), _cells(rows, columns, row_name), note)
+    return Table(scenario, ("row", *(title for title, _ in columns)), _cells(rows, columns, lambda row: row.name), note)
+
+
+def _batches(report: Report) -> str:
+    several = report.workload.get("batches")
+    return "as the row says" if several else f"of {report.workload.get('offline_batch')}"
 
 
 def _one_by_one_note(rows: Sequence[Row]) -> str:
@@ -172,13 +175,29 @@ def other_ms(row: Row) -> float | None:
 def _resources(rows: Sequence[Row]) -> Table:
     columns: list[tuple[str, Cell]] = [
         ("load s", lambda row: number(row.load_ms / 1e3 if row.load_ms is not None else None, 2)),
-        ("checkpoint on disk", lambda row: bytes_text(row.disk_bytes)),
+        ("on disk", lambda row: bytes_text(row.disk_bytes)),
         ("peak RSS", lambda row: bytes_text(row.peak_rss_bytes)),
         ("visual tokens", lambda row: number(row.visual_tokens)),
         ("generated tokens", lambda row: number(row.generated_tokens)),
         ("tokens/s", lambda row: number(row.tokens_per_s)),
     ]
+    optional: list[tuple[str, str, Cell]] = [
+        ("energy_j", "J per image", lambda row: number(row.energy_j)),
+        ("tokens_per_step", "tokens/step", lambda row: number(row.tokens_per_step, 2)),
+        (
+            "draft_acceptance",
+            "guesses kept",
+            lambda row: NOTHING if row.draft_acceptance is None else _percent(row.draft_acceptance),
+        ),
+    ]
+    columns += [(title, cell) for name, title, cell in optional if any(getattr(row, name) is not None for row in rows)]
     note = "Each row ran in a process of its own. Load is RSVLM.from_pretrained with its imports; tokens are means per image."
+    reasons = dict.fromkeys(row.energy_why_not for row in rows if row.energy_why_not)
+    note += "".join(f" Energy: {reason}." for reason in reasons)
+    if any(row.tokens_per_step is not None for row in rows):
+        note += (
+            " Tokens/step: decoded tokens per step of the model, guessed ones included; the answers are those without guesses."
+        )
     return Table("Resources", ("row", *(title for title, _ in columns)), _cells(rows, columns, lambda row: row.title), note)
 
 
@@ -203,7 +222,7 @@ def _accuracy(rows: Sequence[Row]) -> Table:
 def _examples(report: Report, rows: Sequence[Row]) -> Table:
     shown = [row for row in rows if row.scenario == rows[0].scenario]
     references: dict[str, str] = report.workload.get("references", {})
-    header = ("image", *(["a person"] if references else []), *(row_name(row) for row in shown))
+    header = ("image", *(["a person"] if references else []), *(row.name for row in shown))
     cells = tuple(
         (name, *([references.get(name, NOTHING)] if references else []), *(row.answers.get(name, NOTHING) for row in shown))
         for name in list(shown[0].answers)[:EXAMPLES]

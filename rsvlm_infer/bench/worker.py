@@ -10,29 +10,30 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import RsvlmError
 from .measure import measure, workload_from_dict
-from .schema import Row
+from .schema import row_from_dict
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measures the job in the folder named by the only argument."""
     (folder,) = (Path(each) for each in (sys.argv[1:] if argv is None else argv))
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    key = {name: job[name] for name in ("backend", "precision", "scenario")}
-    token_ids: dict[str, list[int]] = {}
+    row = row_from_dict(job["row"])
+    values: dict[str, Any] = {"token_ids": {}, "passes": []}
     try:
-        measured = measure(workload_from_dict(job["workload"]), **key, progress=_report)
+        measured = measure(workload_from_dict(job["workload"]), row, _report, repeats=job["repeats"], judged=job["judged"])
     except RsvlmError as error:
-        row = Row(**key, error=str(error))
+        row = dataclasses.replace(row, error=str(error))
     else:
-        row, token_ids = measured.row, measured.token_ids
+        row = measured.row
+        values = {"token_ids": measured.token_ids, "passes": [dataclasses.asdict(each) for each in measured.passes]}
         np.save(folder / "logits.npy", measured.logits, allow_pickle=False)
-    result = {"row": dataclasses.asdict(row), "token_ids": token_ids}
-    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps({"row": dataclasses.asdict(row), **values}), encoding="utf-8")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,11 @@ def checkpoint_report(checkpoint: Path | None) -> Report:
     config = read_config(folder)
     files = _files(folder)
     total = sum(entry["bytes"] for entry in files)
-    parts = modules(config)
+    parts, choice = modules(config), backends.choose_backend(folder)
     lines = [
         f"checkpoint  {folder}",
         f"layout      {layout.name}",
+        f"backend     {choice}",
         f"tiling      {config.tiling}",
         f"size        {_size(total)}",
     ]
@@ -73,6 +75,7 @@ def checkpoint_report(checkpoint: Path | None) -> Report:
     values = {
         "checkpoint": str(folder),
         "layout": layout.name,
+        "auto_backend": dataclasses.asdict(choice),
         "modules": parts,
         "tiling": config.tiling,
         "bytes": total,
@@ -101,11 +104,12 @@ def _package_report(package: Package) -> Report:
     """Precision, graphs, layers that were kept finer than asked, files and certificate of an exported package."""
     files, manifest = _files(package.path), package.manifest
     total = sum(entry["bytes"] for entry in files)
-    parts = modules(package.config)
+    parts, choice = modules(package.config), backends.choose_backend(package.path)
     finer = [layer for layer in manifest.get("layers", []) if layer.get("kept") != layer.get("asked")]
     lines = [
         f"package     {package.path}",
         f"kind        {manifest['kind']}, format version {manifest['version']}",
+        f"backend     {choice}",
         f"precision   {package.precision}",
         f"model       {manifest.get('model', {}).get('sha256')}",
         f"tiling      {package.config.tiling}",
@@ -122,6 +126,7 @@ def _package_report(package: Package) -> Report:
     values = {
         "package": str(package.path),
         "manifest": manifest,
+        "auto_backend": dataclasses.asdict(choice),
         "certificate": package.certificate,
         "modules": parts,
         "tiling": package.config.tiling,

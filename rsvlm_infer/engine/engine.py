@@ -11,32 +11,45 @@ import numpy.typing as npt
 
 from ..backends.base import Backend, DraftingBackend, GreedyBackend, Prompt
 from ..errors import InputError
+from ..models.draft_table import DraftTable
 from .checks import check_integer
 from .choices import ChoiceTrie
-from .drafts import DraftCounts, Drafter
+from .drafts import Draft, DraftCounts, Drafter
 from .request import ChoiceScores, FinishReason, Request, TokenEvent
 from .sampling import choose_token, log_softmax
+from .step_times import StepTimes
 
-DRAFT_ROWS = 8  # rows of one step with guesses; beyond, the step is bound by arithmetic, and a guess costs what it saves
+DRAFT_ROWS = 8  # tokens of one step with guesses; beyond, the step is bound by arithmetic, and a guess costs what it saves
 
 
 class Engine:
     """Generates with one backend; at most `max_batch` rows share a KV cache.
 
-    A backend that can check several tokens of a row in one step gets up to `draft_tokens` guesses per row. What is generated does
-    not change: a guess only counts when the model chooses it too. `drafts` counts how many did; 0 turns guessing off.
+    A backend that can check several tokens of a row in one step gets up to `draft_tokens` guesses per row, as many as pay by
+    `step_times`. What is generated does not change: a guess only counts when the model chooses it too. `drafts` counts how many did;
+    0 turns guessing off.
     """
 
-    def __init__(self, backend: Backend, max_batch: int = 16, draft_tokens: int = 3) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        max_batch: int = 16,
+        draft_tokens: int = DRAFT_ROWS - 1,
+        *,
+        draft_table: DraftTable | None = None,
+        step_times: StepTimes | None = None,
+    ) -> None:
         check_integer("max_batch", max_batch)
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, got {max_batch}; raise it")
         self.backend = backend
         self._chooser = backend if isinstance(backend, GreedyBackend) else None
         self.max_batch = max_batch
-        self._drafting = backend if isinstance(backend, DraftingBackend) and draft_tokens > 0 else None
+        self._drafting = backend if isinstance(backend, DraftingBackend) else None
         self.draft_tokens = draft_tokens
+        self.draft_table = draft_table
         self.drafts = DraftCounts()
+        self._step_times = step_times or StepTimes()
 
     def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
         """Tokens of all requests as they are chosen; each request's last event is `finished`.
@@ -52,7 +65,8 @@ class Engine:
 
     def _run(self, requests: Sequence[Request], called: float) -> Iterator[TokenEvent]:
         for first in range(0, len(requests), self.max_batch):
-            rows = [_Row(first + i, request) for i, request in enumerate(requests[first : first + self.max_batch])]
+            group = requests[first : first + self.max_batch]
+            rows = [_Row(first + i, request, self.draft_table) for i, request in enumerate(group)]
             capacity = max(row.request.token_ids.size + row.request.max_new_tokens for row in rows)
 
             started = time.perf_counter()
@@ -81,21 +95,36 @@ class Engine:
         When all rows are greedy and the backend can, logits stay where they are. One step per call: a row may end at any token, and a
         step after its end costs more than reading a few ids.
         """
-        if self._drafting is not None:
-            free = min(self.draft_tokens, DRAFT_ROWS // len(rows) - 1)
-            drafts = [row.guess(free) for row in rows]
-            if any(drafts):
-                fed = [(int(token), *draft) for token, draft in zip(token_ids, drafts, strict=True)]
-                checked = self._drafting.decode_drafts(cache, fed)  # [1 + guesses, V] of each row
-                taken = [row.take(own, draft) for row, own, draft in zip(rows, checked, drafts, strict=True)]
-                self._drafting.accept(cache, [len(tokens) for tokens in taken])
-                self.drafts.record(sum(map(len, drafts)), sum(map(len, taken)) - len(taken))
-                return taken
-        if self._chooser is not None and all(row.request.greedy for row in rows):
+        started = time.process_time()  # of all threads: what the machine does besides is no cost of a guess
+        taken = self._check_drafts(rows, cache, token_ids)
+        if taken is None and self._chooser is not None and all(row.request.greedy for row in rows):
             ids = self._chooser.decode_greedy(cache, token_ids, 1)[:, 0]
-            return [[row.accept(int(token_id))] for row, token_id in zip(rows, ids, strict=True)]
-        logits = self.backend.decode(cache, token_ids)  # [B, V]
-        return [[row.choose(logits[i])] for i, row in enumerate(rows)]
+            taken = [[row.accept(int(token_id))] for row, token_id in zip(rows, ids, strict=True)]
+        if taken is None:
+            logits = self.backend.decode(cache, token_ids)  # [B, V]
+            taken = [[row.choose(logits[i])] for i, row in enumerate(rows)]
+        guessed = sum(len(row.draft.tokens) for row in rows)
+        self.drafts.record(len(rows), guessed, sum(map(len, taken)) - len(rows))
+        self._step_times.record(len(rows) + guessed, time.process_time() - started)
+        return taken
+
+    def _check_drafts(self, rows: list[_Row], cache: Any, token_ids: npt.NDArray[np.int32]) -> list[list[int]] | None:
+        """The step with the guesses that pay; None when none does."""
+        free = DRAFT_ROWS - len(rows)
+        if self._drafting is None or self.draft_tokens < 1 or free < 1:
+            return None
+        for row in rows:
+            row.guess(min(self.draft_tokens, free))
+        chances = sorted((chance for row in rows for chance in row.draft.chances), reverse=True)[:free]
+        count = self._step_times.worth(len(rows), chances)
+        _shorten(rows, count)
+        if count == 0:
+            return None
+        fed = [(int(token), *row.draft.tokens) for token, row in zip(token_ids, rows, strict=True)]
+        checked = self._drafting.decode_drafts(cache, fed)  # [1 + guesses, V] of each row
+        taken = [row.take(own) for row, own in zip(rows, checked, strict=True)]
+        self._drafting.accept(cache, [len(tokens) for tokens in taken])
+        return taken
 
     def score_choices(self, prompt: Prompt, choices: Sequence[Sequence[int]]) -> ChoiceScores:
         """Mean log-probability per token of each choice after one prompt, by teacher forcing.
@@ -176,27 +205,30 @@ class Engine:
 class _Row:
     """The progress of one request: its draws, its place in the choice trie, and why it ended."""
 
-    def __init__(self, index: int, request: Request) -> None:
+    def __init__(self, index: int, request: Request, draft_table: DraftTable | None) -> None:
         self.index = index
         self.request = request
         self.finish_reason: FinishReason | None = None
         self.count = 0
         self.generator = np.random.default_rng(request.seed)
         self.node = None if request.allowed is None else ChoiceTrie(request.allowed).root
-        self.drafter = Drafter(request.token_ids.tolist(), request.hints)
+        table = draft_table if request.allowed is None else None  # which knows free answers
+        self.drafter = Drafter(request.token_ids.tolist(), request.hints, table)
+        self.draft = Draft()  # what this step checks
 
-    def guess(self, count: int) -> tuple[int, ...]:
-        """At most `count` guesses, none that the row has no room for."""
-        return self.drafter.guess(min(count, self.request.max_new_tokens - self.count - 1)) if count > 0 else ()
+    def guess(self, count: int) -> None:
+        """At most `count` guesses, none that the row has no room for, and none behind its end."""
+        room = self.request.max_new_tokens - self.count - 1
+        self.draft = self.drafter.guess(min(count, room)).before(self.request.stop_ids)
 
-    def take(self, logits: npt.NDArray[np.float32], draft: tuple[int, ...]) -> list[int]:
-        """Chooses from logits [1 + guesses, V] of the last token and of `draft`, as long as guesses come true."""
+    def take(self, logits: npt.NDArray[np.float32]) -> list[int]:
+        """Chooses from logits [1 + guesses, V] of the last token and of the draft, as long as guesses come true."""
         tokens = [self.choose(logits[0])]
-        for guess, following in zip(draft, logits[1:], strict=True):
+        for guess, following in zip(self.draft.tokens, logits[1:], strict=True):
             if self.finish_reason is not None or tokens[-1] != guess:
                 break
             tokens.append(self.choose(following))
-        self.drafter.record(len(draft), len(tokens) - 1)
+        self.drafter.record(self.draft, len(tokens) - 1)
         return tokens
 
     def choose(self, logits: npt.NDArray[np.float32]) -> int:
@@ -228,3 +260,13 @@ class _Row:
         if self.node.complete:
             ids.append(self.request.stop_ids[0])
         return np.array(sorted(ids), dtype=np.int64)
+
+
+def _shorten(rows: list[_Row], count: int) -> None:
+    """Leaves the `count` likeliest guesses of all rows. A draft's chances fall, so what is left of one is its beginning."""
+    ranked = sorted(
+        ((-chance, place, index) for index, row in enumerate(rows) for place, chance in enumerate(row.draft.chances)),
+    )[:count]
+    kept = [index for _, _, index in ranked]
+    for index, row in enumerate(rows):
+        row.draft = row.draft.first(kept.count(index))

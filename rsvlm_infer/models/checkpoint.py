@@ -23,6 +23,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..config import RsvlmConfig
+from ..contract import DRAFTS
 from ..errors import CheckpointError
 
 MAX_JSON_BYTES = 64 << 20  # a shard index of a 70B model is 0.1 MiB, the largest public tokenizer.json about 35 MiB
@@ -44,7 +45,7 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class Delta:
-    """The parsed `delta.json`. `base` names the sources of the base parts; `files` the sha256 of the base files beside it."""
+    """The parsed `delta.json`. `base` names the sources of the base parts; `files` the sha256 of the files beside it."""
 
     weights: Path
     sha256: str
@@ -113,11 +114,11 @@ class CheckpointFolder:
 
     @cached_property
     def base_files(self) -> tuple[Path, ...]:
-        """The safetensors files that hold the base weights: the shards of an index, else all except the delta."""
+        """The safetensors files that hold the base weights: the shards of an index, else all except delta and draft table."""
         index = self.read_json("model.safetensors.index.json")
         if index is not None:
             return self._shards(index)
-        found = sorted(self.path.glob("*.safetensors"))
+        found = sorted(path for path in self.path.glob("*.safetensors") if path.name != DRAFTS)
         if self.delta is not None:
             found = [item for item in found if item.name != self.delta.weights.name]
             self._require_base()

@@ -39,7 +39,7 @@ class FakeBackend:
 
 
 class FakeRSVLM:
-    """Ten visual tokens an image, 1000 x 2000 pixels each."""
+    """Ten visual tokens an image or its budget, 1000 x 2000 pixels each."""
 
     tilings: ClassVar[list[tuple[str, str | None]]] = []  # (call, tiling) of every image read, over all models
 
@@ -56,25 +56,43 @@ class FakeRSVLM:
             os._exit(9)
         return cls(FakeBackend(precision), None)
 
-    def caption(self, image: Path, *, max_new_tokens: int, tiling: str | None = None) -> Answer:
+    def caption(
+        self, image: Path, *, max_new_tokens: int, tiling: str | None = None, max_visual_tokens: int | None = None
+    ) -> Answer:
         self.tilings.append(("caption", tiling))
-        return self._answers([image], max_new_tokens)[0]
+        return self._answers([image], max_new_tokens, max_visual_tokens)[0]
 
     def caption_many(
-        self, images: Iterable[Path], *, batch_size: int, strict: bool, max_new_tokens: int, tiling: str | None = None
+        self,
+        images: Iterable[Path],
+        *,
+        batch_size: int,
+        strict: bool,
+        max_new_tokens: int,
+        tiling: str | None = None,
+        max_visual_tokens: int | None = None,
     ) -> Iterator[Answer]:
         images = list(images)
         self.tilings.append(("caption_many", tiling))
         for first in range(0, len(images), batch_size):
-            yield from self._answers(images[first : first + batch_size], max_new_tokens)
+            yield from self._answers(images[first : first + batch_size], max_new_tokens, max_visual_tokens)
 
     def ask(
-        self, image: Path, question: str, *, choices: Sequence[str] | None, max_new_tokens: int, tiling: str | None = None
+        self,
+        image: Path,
+        question: str,
+        *,
+        choices: Sequence[str] | None,
+        max_new_tokens: int,
+        tiling: str | None = None,
+        max_visual_tokens: int | None = None,
     ) -> Answer:
         self.tilings.append(("ask", tiling))
         return Answer(source=str(image), text=choices[0] if choices else "3")
 
-    def classify(self, image: Path, labels: Sequence[str], *, tiling: str | None = None) -> Classification:
+    def classify(
+        self, image: Path, labels: Sequence[str], *, tiling: str | None = None, max_visual_tokens: int | None = None
+    ) -> Classification:
         self.tilings.append(("classify", tiling))
         named = [label for label in labels if label.split()[0] in image.name]
         return Classification(source=str(image), label=(named or list(labels))[0])
@@ -82,7 +100,7 @@ class FakeRSVLM:
     def embed_text(self, texts: Sequence[str]) -> np.ndarray:
         return np.stack([self._embedding(text) for text in texts])
 
-    def embed_levels(self, image: Path, *, tiling: str | None = None) -> Embeddings:
+    def embed_levels(self, image: Path, *, tiling: str | None = None, max_visual_tokens: int | None = None) -> Embeddings:
         self.tilings.append(("embed_levels", tiling))
         empty = np.zeros(0, dtype=np.float32)
         return Embeddings(empty, empty, self._embedding("river" if "odd" in image.name else image.stem))
@@ -93,11 +111,11 @@ class FakeRSVLM:
         hot = [float(word in text.lower()) for word in words]
         return np.array(hot if any(hot) else [0.5] * 4, dtype=np.float32)
 
-    def _answers(self, images: Sequence[Path], max_new_tokens: int) -> list[Answer]:
+    def _answers(self, images: Sequence[Path], max_new_tokens: int, budget: int | None) -> list[Answer]:
         self.backend.prefill([image.name for image in images], 64)
-        return [self._answer(image, max_new_tokens) for image in images]
+        return [self._answer(image, max_new_tokens, min(10, budget or 10)) for image in images]
 
-    def _answer(self, image: Path, max_new_tokens: int) -> Answer:
+    def _answer(self, image: Path, max_new_tokens: int, visual: int) -> Answer:
         ids = [0, 1, 2, 3, 4, 5][:max_new_tokens]
         if self.backend.precision == "bfloat16" and "odd" in image.name:
             ids[-1] = 6
@@ -108,5 +126,5 @@ class FakeRSVLM:
             timings=Timings(1.0, 2.0, 3.0, 4.0, 0.0, 6.0, decode_ms, 16.0, 5.0 if len(ids) > 1 else 0.0),
             text=" ".join(VOCABULARY[i] for i in ids),
             token_ids=tuple(ids),
-            tokens=TokenCounts(prompt=5, visual=10, generated=len(ids)),
+            tokens=TokenCounts(prompt=5, visual=visual, generated=len(ids)),
         )

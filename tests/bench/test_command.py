@@ -36,12 +36,13 @@ def _save(report: Report, file: Path) -> Path:
     return file
 
 
-def test_a_run_writes_three_files_and_prints_its_tables(
+def test_a_run_writes_four_files_and_prints_its_tables(
     bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench("--scenario", "SingleStream", "--images-limit", "3", "--warmup", "0") == 0
     out, err = capsys.readouterr()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.html", "bench.json", "bench.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.html", "bench.json", "bench.md", "pareto.png"]
+    assert (tmp_path / "out" / "pareto.png").read_bytes().startswith(b"\x89PNG")
     report = read_report(tmp_path / "out" / "bench.json")
     assert [row.key for row in report.rows] == [("eager", "float32", "SingleStream"), ("eager", "bfloat16", "SingleStream")]
     assert report.workload["images"] == 3
@@ -52,6 +53,59 @@ def test_a_run_writes_three_files_and_prints_its_tables(
     assert "warning: " in err
     assert "wrote " in err
     assert "wrote " not in out
+
+
+def _package(folder: Path, precision: str, embedder: str) -> Path:
+    """A native package as far as a run looks at it before the model does."""
+    folder.mkdir()
+    values = {"format": "rsvlm-package", "version": 1, "architecture": "rsvlm", "kind": "native", "precision": precision}
+    files = {name: {"bytes": 0, "sha256": ""} for name in ("config.json", "tokenizer.json", "weights.safetensors")}
+    (folder / "manifest.json").write_text(json.dumps({**values, "files": files, "model": {"embedder": embedder}}))
+    return folder
+
+
+def test_packages_are_rows_beside_the_baseline_on_the_checkpoint(
+    bench: Callable[..., int],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "embedder_digest", lambda folder: "ours")
+    ours, theirs = _package(tmp_path / "ours", "int4", "ours"), _package(tmp_path / "theirs", "bf16", "theirs")
+    arguments = ("--images-limit", "1", "--warmup", "0", "--budget", "7", "--batch", "1,2", "--scenario", "Offline")
+    assert bench("--package", str(ours), "--package", str(theirs), *arguments) == 0
+    report = read_report(tmp_path / "out" / "bench.json")
+    assert [row.title for row in report.rows] == [
+        f"{name} Offline budget 7 batch {batch}" for batch in (1, 2) for name in ("eager float32", "native int4", "native bf16")
+    ]
+    assert {row.visual_tokens for row in report.rows} == {7.0}
+    assert report.rows[0].disk_bytes == 1024
+    assert report.rows[1].disk_bytes == sum(path.stat().st_size for path in ours.iterdir())
+    assert report.rows[1].agreement is not None
+    assert [entry["path"] for entry in report.workload["packages"]] == [str(ours), str(theirs)]
+    err = capsys.readouterr().err
+    assert f"package {theirs} was made from another checkpoint" in err
+    assert f"package {ours} was made" not in err
+    assert bench("--package", str(ours), "--precision", "bfloat16", *arguments) == 0
+    rows = read_report(tmp_path / "out" / "bench.json").rows[:3]
+    assert [(row.backend, row.precision) for row in rows] == [("eager", "float32"), ("eager", "bfloat16"), ("native", "int4")]
+    assert bench("--package", str(checkpoint), *arguments) == 1
+    assert "--package must name an exported package" in capsys.readouterr().err
+
+
+def test_a_package_in_place_of_the_checkpoint_runs_alone(bench: Callable[..., int], tmp_path: Path) -> None:
+    ours = _package(tmp_path / "ours", "int4", "ours")
+    assert bench("--checkpoint", str(ours), "--images-limit", "1", "--warmup", "0", "--scenario", "SingleStream") == 0
+    report = read_report(tmp_path / "out" / "bench.json")
+    assert [row.title for row in report.rows] == ["native int4 SingleStream"]
+    assert report.workload["auto_backend"].startswith("native: ")
+
+
+@pytest.mark.parametrize("counts", ["0", "a", "8,", "-1", ""])
+def test_counts_are_whole_numbers(bench: Callable[..., int], counts: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(f"--batch={counts}") == 2
+    assert "must be whole numbers from 1" in capsys.readouterr().err
 
 
 def test_partly_failed_is_3_and_a_failed_baseline_is_1(bench: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +223,7 @@ def test_without_the_report_extra_the_page_is_left_out_and_said(
     monkeypatch.setitem(sys.modules, "jinja2", None)
     source = _save(make_report(make_row()), tmp_path / "result.json")
     assert main(["--from", str(source), "--output", str(tmp_path / "out")]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.md", "pareto.png"]
     assert "no bench.html: the HTML report needs Jinja2" in capsys.readouterr().err
 
 
@@ -197,6 +251,7 @@ def test_accuracy_only_scores_the_whole_split(
         (["--repeats", "3", "--warmup", "0"], "--repeats, --warmup"),
         (["--backend", "eager", "--backend", "native"], "several --backend"),
         (["--precision", "float32", "--precision", "bfloat16"], "several --precision"),
+        (["--package", "p", "--budget", "64", "--batch", "1,8"], "--package, --budget, several --batch"),
     ],
 )
 def test_accuracy_only_refuses_what_it_would_ignore(

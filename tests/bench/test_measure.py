@@ -6,17 +6,21 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from rsvlm_infer.bench import measure as measure_module
+from rsvlm_infer.bench.energy import EnergyReading
 from rsvlm_infer.bench.images import ImageSet
-from rsvlm_infer.bench.measure import Workload, folder_bytes, measure, workload_from_dict, workload_to_dict
+from rsvlm_infer.bench.measure import Workload, folder_bytes, join_passes, measure, workload_from_dict, workload_to_dict
 from rsvlm_infer.bench.quality import class_quality, retrieval_quality
-from rsvlm_infer.bench.schema import Scenario
+from rsvlm_infer.bench.schema import Row, Scenario
+from rsvlm_infer.engine.drafts import DraftCounts
 from rsvlm_infer.errors import BackendError, InputError
 from rsvlm_infer.evaluation.datasets import Question
-from tests.bench.fake_rsvlm import FakeRSVLM
+from tests.bench.fake_rsvlm import FakeBackend, FakeRSVLM
 
 
 def _silent(done: int, total: int) -> None:
@@ -25,7 +29,7 @@ def _silent(done: int, total: int) -> None:
 
 def test_single_stream_row(work: Workload) -> None:
     seen: list[tuple[int, int]] = []
-    measured = measure(work, "eager", "float32", "SingleStream", lambda done, total: seen.append((done, total)))
+    measured = measure(work, Row("eager", "float32", "SingleStream"), lambda done, total: seen.append((done, total)))
     row = measured.row
     assert row.key == ("eager", "float32", "SingleStream")
     assert (row.images, row.repeats, len(row.samples_ms)) == (4, 2, 8)
@@ -56,8 +60,54 @@ def test_single_stream_row(work: Workload) -> None:
     assert seen == [(i, 15) for i in range(1, 16)]
 
 
+def test_passes_of_several_processes_join_to_one_row(work: Workload) -> None:
+    row = Row("eager", "float32", "SingleStream")
+    whole = measure(work, row, _silent)
+    parts = [measure(work, row, _silent, repeats=[repeat], judged=repeat == 0) for repeat in (0, 1)]
+    assert parts[1].row.quality == {}
+    assert parts[1].logits.shape == (0, 0)
+    joined = join_passes(parts[0].row, [each for part in parts for each in part.passes])
+    assert (joined.images, joined.repeats, len(joined.samples_ms)) == (4, 2, 8)
+    assert joined.stages == whole.row.stages
+    assert joined.quality == whole.row.quality
+    assert joined.generated_tokens == whole.row.generated_tokens
+
+
+def test_guesses_are_those_of_the_measured_pass(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts = DraftCounts()
+
+    def counting(self: FakeRSVLM, image: Path, **options: object) -> object:
+        drafts.record(rows=1, drafted=3, accepted=2)
+        return self._answers([image], 6, None)[0]
+
+    monkeypatch.setattr(FakeRSVLM, "caption", counting)
+    monkeypatch.setattr(FakeRSVLM, "engine", SimpleNamespace(drafts=drafts), raising=False)
+    measured = measure(work, Row("eager", "float32", "SingleStream"), _silent)
+    assert drafts.all_steps == 1 + 8 + 2  # warm-up and logits are not counted
+    assert [each.drafted for each in measured.passes] == [12, 12]
+    assert (measured.row.tokens_per_step, measured.row.draft_acceptance) == (3.0, pytest.approx(2 / 3))
+
+
+def test_energy_is_per_image_or_says_why_not(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = iter(range(0, 10**9, 20_000_000))
+    monkeypatch.setattr(measure_module, "read_energy", lambda: EnergyReading({"package": next(counter)}, {"package": 10**9}))
+    row = Row("eager", "float32", "Offline")
+    assert measure(work, row, _silent).row.energy_j == pytest.approx(5.0)  # 20 J a pass of four images
+    monkeypatch.setattr(measure_module, "read_energy", lambda: "not readable: no")
+    measured = measure(work, row, _silent).row
+    assert (measured.energy_j, measured.energy_why_not) == (None, "not readable: no")
+
+
+def test_what_the_warm_up_left_is_forgotten(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[int] = []
+    monkeypatch.setattr(FakeBackend, "forget", lambda self: forgotten.append(len(FakeRSVLM.tilings)), raising=False)
+    monkeypatch.setattr(FakeRSVLM, "tilings", [])
+    measure(work, Row("eager", "float32", "SingleStream"), _silent)
+    assert forgotten == [work.warmup]
+
+
 def test_offline_row_has_throughput_but_no_latency(work: Workload) -> None:
-    measured = measure(work, "eager", "float32", "Offline", _silent)
+    measured = measure(work, Row("eager", "float32", "Offline"), _silent)
     assert measured.row.latency_ms is None
     assert measured.row.samples_ms == ()
     assert measured.row.images_per_s is not None
@@ -67,14 +117,16 @@ def test_offline_row_has_throughput_but_no_latency(work: Workload) -> None:
 
 
 def test_one_generated_token_has_no_time_per_further_token(work: Workload) -> None:
-    row = measure(dataclasses.replace(work, max_new_tokens=1, warmup=0), "eager", "float32", "SingleStream", _silent).row
+    row = measure(dataclasses.replace(work, max_new_tokens=1, warmup=0), Row("eager", "float32", "SingleStream"), _silent).row
     assert "tpot_ms" not in row.token_times
     assert row.token_times["ttft_ms"].count == 8
 
 
 def test_no_logits_and_no_eval_extra(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
-    measured = measure(dataclasses.replace(work, logits_images=0, tiling="dris"), "eager", "float32", "SingleStream", _silent)
+    measured = measure(
+        dataclasses.replace(work, logits_images=0, tiling="dris"), Row("eager", "float32", "SingleStream"), _silent
+    )
     assert measured.logits.shape == (0, 0)
     assert "cider" not in measured.row.quality
     assert measured.row.quality["class_accuracy"] == 0.75
@@ -89,7 +141,7 @@ def test_questions_are_scored_by_kind(work: Workload) -> None:
         Question(first.path, "count", "How many rivers?", "4"),
     )
     images = ImageSet("RSVQA", "here", (dataclasses.replace(first, questions=questions, label=None, captions=()),))
-    quality = measure(dataclasses.replace(work, images=images), "eager", "float32", "SingleStream", _silent).row.quality
+    quality = measure(dataclasses.replace(work, images=images), Row("eager", "float32", "SingleStream"), _silent).row.quality
     assert quality == {
         "answer_accuracy": 0.5,
         "answer_accuracy_count": 0.5,
@@ -102,7 +154,7 @@ def test_questions_are_scored_by_kind(work: Workload) -> None:
 def test_nothing_is_said_about_what_has_no_labels(work: Workload) -> None:
     bare = tuple(dataclasses.replace(sample, label=None, captions=()) for sample in work.images.samples)
     images = ImageSet("bare", "here", bare)
-    assert measure(dataclasses.replace(work, images=images), "eager", "float32", "Offline", _silent).row.quality == {}
+    assert measure(dataclasses.replace(work, images=images), Row("eager", "float32", "Offline"), _silent).row.quality == {}
     assert class_quality({}, bare) == {}
     assert retrieval_quality(None, bare, {}, lambda: None) == {}
 
@@ -116,13 +168,13 @@ def test_tiling_holds_for_every_call(
     first, *others = work.images.samples
     asked = dataclasses.replace(first, questions=(Question(first.path, "count", "How many?", "3"),))
     images = dataclasses.replace(work.images, samples=(asked, *others))
-    measure(dataclasses.replace(work, images=images, tiling=tiling), "eager", "float32", scenario, _silent)
+    measure(dataclasses.replace(work, images=images, tiling=tiling), Row("eager", "float32", scenario), _silent)
     assert set(FakeRSVLM.tilings) == {(caption_call, tiling), ("classify", tiling), ("ask", tiling)}
 
 
 def test_refusals_of_the_model_pass_through(work: Workload) -> None:
     with pytest.raises(BackendError, match="not for this fake"):
-        measure(work, "eager", "float16", "SingleStream", _silent)
+        measure(work, Row("eager", "float16", "SingleStream"), _silent)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,28 @@ def test_notes_say_what_is_not_measured_in_batches(report) -> None:
     assert [said in table.note for table in report_tables(neither)] == [False] * 5
 
 
+def test_energy_and_guesses_have_columns_only_where_they_were_measured() -> None:
+    plain = report_tables(make_report(make_row(energy_why_not="not readable: no counter")))[2]
+    assert plain.header[-1] == "tokens/s"
+    assert plain.note.endswith(" Energy: not readable: no counter.")
+    measured = make_row("int4", energy_j=2.34, tokens_per_step=1.875, draft_acceptance=0.7)
+    table = report_tables(make_report(make_row(), measured))[2]
+    assert table.header[-3:] == ("J per image", "tokens/step", "guesses kept")
+    assert [row[-3:] for row in table.rows] == [("–", "–", "–"), ("2.3", "1.88", "70.0 %")]
+    assert "the answers are those without guesses" in table.note
+    assert measured.metrics()["tokens_per_step"] == 1.875
+
+
+def test_rows_say_their_axes_and_the_summary_names_packages() -> None:
+    rows = [make_row(scenario="Offline", batch=batch, budget=64, package="mine") for batch in (1, 8)]
+    packages = [{"row": "eager float32", "label": "mine", "path": "/there/mine"}]
+    report = make_report(*rows, batches=[1, 8], packages=packages)
+    headline = report_tables(report)[0]
+    assert [row[0] for row in headline.rows] == [f"eager float32 mine budget 64 batch {batch}" for batch in (1, 8)]
+    assert headline.note.startswith("All images at once, in batches as the row says.")
+    assert "- package mine: /there/mine" in markdown(report)
+
+
 def test_other_time_is_never_negative() -> None:
     assert other_ms(make_row()) == pytest.approx(180.0)
     assert other_ms(make_row(scenario="Offline")) is None
@@ -126,7 +148,7 @@ def test_page_is_self_contained_and_escaped(report) -> None:
     page = _Page()
     page.feed(text)
     assert all(reference.startswith(("#", "data:")) for reference in page.references)
-    assert page.counts["svg"] == 3
+    assert page.counts["svg"] == 4
     assert page.counts["table"] == 7
     assert "script" not in page.counts
     assert "cannot &lt;run&gt; here" in text
@@ -136,7 +158,12 @@ def test_page_is_self_contained_and_escaped(report) -> None:
 
 def test_charts_are_wellformed_and_repeatable(report) -> None:
     charts = draw_charts(report)
-    assert [title for title, _, _ in charts] == ["Where the time goes", "Latency", "Throughput and memory"]
+    assert [title for title, _, _ in charts] == [
+        "Accuracy against latency",
+        "Where the time goes",
+        "Latency",
+        "Throughput and memory",
+    ]
     for _, _, svg in charts:
         assert ET.fromstring(svg).tag.endswith("svg")
     assert charts == draw_charts(report)

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from rsvlm_infer.bench import runner
 from rsvlm_infer.bench.measure import Workload
-from rsvlm_infer.bench.runner import Outcome, agreement, plan_rows, run_rows
-from rsvlm_infer.errors import InputError
+from rsvlm_infer.bench.plan import ModelChoice, RowPlan, plan_rows
+from rsvlm_infer.bench.runner import Outcome, agreement, run_rows
+from rsvlm_infer.bench.schema import Scenario
 from tests.bench.made_up import make_report, make_row
 
 ENVIRONMENT = make_report().environment
@@ -23,18 +24,12 @@ def _console() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
+def _plans(work: Workload, *precisions: str, scenario: Scenario = "SingleStream") -> list[RowPlan]:
+    return [RowPlan(ModelChoice("eager", precision, work.checkpoint), scenario) for precision in precisions]
+
+
 def _outcome(token_ids: dict[str, list[int]], logits: Any) -> Outcome:
     return Outcome(make_row(), token_ids, np.array(logits, dtype=np.float32))
-
-
-def test_baseline_is_always_planned_first() -> None:
-    assert plan_rows(["eager"], ["bfloat16"], ["Offline", "Offline"]) == [
-        ("eager", "float32", "Offline"),
-        ("eager", "bfloat16", "Offline"),
-    ]
-    assert len(plan_rows(["eager"], ["float32", "bfloat16"], ["SingleStream", "Offline"])) == 4
-    with pytest.raises(InputError, match="Server"):
-        plan_rows(["eager"], ["float32"], ["Server"])
 
 
 def test_agreement_by_hand() -> None:
@@ -57,8 +52,8 @@ def test_a_longer_answer_is_not_the_same_and_logits_of_another_shape_have_no_dis
 
 def test_rows_run_in_processes_and_failures_stay_alone(work: Workload) -> None:
     console = _console()
-    keys = [("eager", precision, "SingleStream") for precision in ("float32", "bfloat16", "float16", "crash")]
-    report = run_rows(dataclasses.replace(work, threads=1), keys, ENVIRONMENT, console)
+    plans = _plans(work, "float32", "bfloat16", "float16", "crash")
+    report = run_rows(dataclasses.replace(work, threads=1), plans, ENVIRONMENT, console)
     baseline, other, refused, crashed = report.rows
     assert baseline.agreement is not None
     assert baseline.agreement.same_tokens == 1.0
@@ -75,13 +70,32 @@ def test_rows_run_in_processes_and_failures_stay_alone(work: Workload) -> None:
     assert "8 latencies per row" in report.warnings[0]
     assert any("CIDEr" in line for line in report.warnings)
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "1/4 eager float32 SingleStream done" in said
+    done = [line.split()[0] for line in said.splitlines() if line.endswith(" done")]
+    assert done == ["1/8", "2/8", "3/8", "4/8", "7/8", "8/8"]  # the second round goes back, without the rows that failed
+    assert said.index("7/8 eager bfloat16") < said.index("8/8 eager float32")
+    assert (baseline.repeats, len(baseline.samples_ms)) == (2, 8)
     assert "eager float16 SingleStream failed: precision float16" in said
+
+
+def test_budgets_and_batches_are_axes_with_their_own_baselines(work: Workload) -> None:
+    model, other = (ModelChoice("eager", precision, work.checkpoint) for precision in ("float32", "bfloat16"))
+    plans = plan_rows([model, other], ["Offline"], budgets=[4, 8], batches=[1, 3])
+    report = run_rows(dataclasses.replace(work, repeats=1, logits_images=1), plans, ENVIRONMENT, _console())
+    assert [row.error for row in report.rows] == [None] * 8
+    assert [row.title for row in report.rows[:3]] == [
+        "eager float32 Offline budget 4 batch 1",
+        "eager bfloat16 Offline budget 4 batch 1",
+        "eager float32 Offline budget 4 batch 3",
+    ]
+    assert [row.visual_tokens for row in report.rows] == [4.0] * 4 + [8.0] * 4
+    assert report.baseline(report.rows[7]) is report.rows[6]
+    assert all(row.agreement is not None for row in report.rows)
+    assert (report.workload["budgets"], report.workload["batches"]) == ([4, 8], [1, 3])
 
 
 def test_a_traceback_ends_in_its_last_line(work: Workload) -> None:
     broken = dataclasses.replace(work, model="tests.bench.fake_rsvlm:Absent")
-    (row,) = run_rows(broken, [("eager", "float32", "Offline")], ENVIRONMENT, _console()).rows
+    (row,) = run_rows(broken, _plans(broken, "float32", scenario="Offline"), ENVIRONMENT, _console()).rows
     assert row.error is not None
     assert row.error.endswith("has no attribute 'Absent'")
     assert "exit code 1" in row.error
@@ -96,17 +110,17 @@ def test_interrupt_leaves_no_process_behind(work: Workload, monkeypatch: pytest.
 
     monkeypatch.setattr(runner, "_follow", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run_rows(work, [("eager", "float32", "SingleStream")], ENVIRONMENT, _console())
+        run_rows(work, _plans(work, "float32"), ENVIRONMENT, _console())
     assert started[0].poll() is not None
 
 
 def test_progress_on_a_terminal_shows_the_row(work: Workload) -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
-    run_rows(work, [("eager", "float32", "SingleStream")], ENVIRONMENT, console)
-    assert "1/1 eager float32 SingleStream" in console.file.getvalue()  # type: ignore[attr-defined]
+    run_rows(work, _plans(work, "float32"), ENVIRONMENT, console)
+    assert "1/2 eager float32 SingleStream" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_missing_metrics_package_is_said_once(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "library_version", lambda name: None)
-    report = run_rows(work, [("eager", "float32", "Offline")], ENVIRONMENT, _console())
+    report = run_rows(work, _plans(work, "float32", scenario="Offline"), ENVIRONMENT, _console())
     assert report.warnings[0].startswith("pycocoevalcap is not installed")

@@ -75,5 +75,5 @@ def test_damaged_results_are_refused(tmp_path: Path, text: str | None, message: 
 
 
 def test_baseline_must_have_run() -> None:
-    assert make_report(make_row(error="broken")).baseline("SingleStream") is None
+    assert make_report(make_row(error="broken")).baseline(make_row()) is None
     assert isinstance(make_report(make_row()), Report)

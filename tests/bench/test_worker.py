@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 
 from rsvlm_infer.bench.measure import Workload, workload_to_dict
-from rsvlm_infer.bench.schema import row_from_dict
+from rsvlm_infer.bench.schema import Row, row_from_dict
 from rsvlm_infer.bench.worker import main
 
 
 def _job(folder: Path, work: Workload, precision: str) -> list[str]:
-    job = {"backend": "eager", "precision": precision, "scenario": "Offline", "workload": workload_to_dict(work)}
+    row = dataclasses.asdict(Row("eager", precision, "Offline", package="twin"))
+    job = {"row": row, "workload": workload_to_dict(work), "repeats": [0, 1], "judged": True}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     return [str(folder)]
 
@@ -25,7 +27,8 @@ def test_a_measured_job_leaves_row_tokens_and_logits(
     assert main(_job(tmp_path, work, "bfloat16")) == 0
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     row = row_from_dict(result["row"])
-    assert row.key == ("eager", "bfloat16", "Offline")
+    assert row.key == ("eager", "bfloat16", "Offline", "twin")
+    assert [each["images"] for each in result["passes"]] == [4, 4]
     assert row.ok
     assert result["token_ids"]["forest-odd.jpg"] == [0, 1, 2, 3, 4, 6]
     assert np.load(tmp_path / "logits.npy").shape == (2, 7)

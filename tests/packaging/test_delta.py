@@ -15,12 +15,17 @@ from safetensors import safe_open
 
 from rsvlm_infer import pull
 from rsvlm_infer.config import RsvlmConfig
+from rsvlm_infer.contract import DRAFTS
+from rsvlm_infer.engine.step_times import StepTimes
 from rsvlm_infer.evaluation.datasets import RSICD_THEMES, read_rsicd
+from rsvlm_infer.models.draft_table import DraftTable
+from tests.native import needs_native
 
 BASE_PREFIXES = ("language_model.", "vision_encoder.")
 THEMES = ("airport", "baseballfield", "beach", "desert", "forest", "parking")
 IMAGES_PER_THEME = 2
 LIMIT_BYTES = 60_000_000
+DRAFTS_LIMIT_BYTES = 300_000
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,17 @@ def test_weights_have_the_stated_hash_and_are_small(delta: dict[str, Any]) -> No
     weights = (pull.DELTA_FOLDER / "delta.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == delta["sha256"]
     assert len(weights) < LIMIT_BYTES
+
+
+def test_draft_table_has_the_stated_hash_is_small_and_of_this_vocabulary(delta: dict[str, Any], config: RsvlmConfig) -> None:
+    assert list(delta["files"]) == [DRAFTS]
+    file = pull.DELTA_FOLDER / DRAFTS
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == delta["files"][DRAFTS]
+    assert file.stat().st_size < DRAFTS_LIMIT_BYTES
+    assert config.language is not None
+    table = DraftTable.load(file, config.language.vocab_size)
+    assert len(table) > 1000
+    assert table.longest >= 3
 
 
 def test_delta_was_trained_on_the_parts_that_pull_makes(delta: dict[str, Any]) -> None:
@@ -114,3 +130,30 @@ def test_real_checkpoint_speaks_in_sentences(model: Any, images: dict[str, list[
     for theme in THEMES[:3]:
         text = model.caption(images[theme][0]).text
         assert re.fullmatch(r"[A-Z][a-z]*( [\w',-]+)+\.", text), (theme, text)
+
+
+@pytest.mark.wheels
+@pytest.mark.data
+@pytest.mark.slow
+@needs_native
+def test_the_draft_table_changes_the_speed_and_no_answer(
+    default_checkpoint: Path, images: dict[str, list[Path]], config: RsvlmConfig, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch", reason="packages are made with torch")
+    from rsvlm_export.native import export_native
+    from rsvlm_infer import RSVLM
+    from rsvlm_infer.engine import Engine
+
+    assert config.language is not None
+    model = RSVLM.from_pretrained(export_native(default_checkpoint, tmp_path / "int8", "int8"))
+    paths = [path for group in images.values() for path in group]
+    model.engine = Engine(model.backend, draft_tokens=0)
+    plain = [model.caption(path).token_ids for path in paths]
+    model.engine = Engine(
+        model.backend,
+        draft_table=DraftTable.load(pull.DELTA_FOLDER / DRAFTS, config.language.vocab_size),
+        step_times=StepTimes(learn=False),
+    )
+    assert [model.caption(path).token_ids for path in paths] == plain
+    assert model.engine.drafts.acceptance > 0.5
+    assert model.engine.drafts.tokens_per_step > 1.5
