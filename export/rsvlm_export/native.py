@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,26 +10,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rsvlm_infer import __version__
 from rsvlm_infer.config import RsvlmConfig
+from rsvlm_infer.contract import KIND_PRECISIONS, NATIVE_WEIGHTS
 from rsvlm_infer.errors import BackendError, CheckpointError
 from rsvlm_infer.hardware import native_why_not
-from rsvlm_infer.models.checkpoint import sha256_of
-from rsvlm_infer.models.load import LoadedCheckpoint, load_checkpoint
-from rsvlm_infer.models.native_package import (
-    ARCHITECTURE,
-    FORMAT,
-    FORMAT_VERSION,
-    KIND,
-    KNOWLEDGE,
-    MANIFEST,
-    PRECISIONS,
-    WEIGHTS,
-    write_weights,
-)
+from rsvlm_infer.models.load import load_checkpoint
+from rsvlm_infer.models.native_package import write_weights
 from rsvlm_infer.ops.weight_matmul import PackedWeight, pack_weight
 
-COPIED = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "MODEL_CARD.md")
+from .package import refuse_existing, write_folder
+
+PRECISIONS = KIND_PRECISIONS["native"]
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the scale that reaches the largest weight
 # what int4 hurts most: of 24 captions of the default model 15 stay those of fp32 with the `down` matrices in int8, 11 without
 _INT8_IN_INT4 = ("embed_tokens", "lm_head", "down")
@@ -62,48 +50,19 @@ def export_native(checkpoint: str | Path, folder: str | Path, precision: str = "
     reason = native_why_not()
     if reason is not None:
         raise BackendError(f"the native package is laid out by the native extension: {reason}")
-    target = Path(folder)
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"folder {target} exists and is not overwritten; choose another one or pass overwrite=True")
+    refuse_existing(folder, overwrite)
     loaded = load_checkpoint(checkpoint)
     if loaded.config.text_encoder is not None:
         raise CheckpointError(
             f"checkpoint {checkpoint} must have no text_encoder for the native backend, got one; use backend 'eager'"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        new = Path(scratch) / "new"
-        new.mkdir()
+
+    def fill(new: Path) -> dict[str, Any]:
         weights = lay_out(loaded.config, loaded.model.state_dict(), precision)
-        write_weights(new / WEIGHTS, weights)
-        (new / "config.json").write_text(json.dumps(loaded.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        for name in COPIED:
-            if (loaded.folder / name).is_file():
-                shutil.copyfile(loaded.folder / name, new / name)
-        if loaded.knowledge_folder is not None:
-            shutil.copytree(loaded.knowledge_folder, new / KNOWLEDGE)
-        manifest = _manifest(loaded, precision, new)
-        (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rename(Path(scratch) / "old")
-        new.rename(target)
-    return target
+        write_weights(new / NATIVE_WEIGHTS, weights)
+        return {}
 
-
-def _manifest(loaded: LoadedCheckpoint, precision: str, folder: Path) -> dict[str, Any]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "kind": KIND,
-        "architecture": ARCHITECTURE,
-        "precision": precision,
-        "model": {"embedder": loaded.embedder, "files": loaded.files},
-        "made_by": f"rsvlm-infer {__version__}",
-        "files": {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
-        },
-    }
+    return write_folder(loaded, folder, "native", precision, fill, overwrite=overwrite)
 
 
 @dataclass

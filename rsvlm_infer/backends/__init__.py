@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from ..contract import PRECISIONS
+from ..contract import KIND_PRECISIONS
 from ..errors import BackendError, MissingDependencyError
 from ..hardware import native_why_not
-from ..models.native_package import is_native_package, read_manifest
-from ..models.package import Package, is_package
+from ..models.package import package_kind, read_manifest
 from .base import Backend, DraftingBackend, Embeddings, GreedyBackend, ImageFeatures, Prompt, Query
 
 __all__ = [
@@ -28,10 +27,10 @@ __all__ = [
 # Backend -> precisions, in order of preference. Preference is data; capability is why_not().
 BACKENDS: dict[str, tuple[str, ...]] = {
     "eager": ("float32", "bfloat16", "float16"),
-    "native": ("fp32", "bf16", "int8", "int4"),  # of the package that it reads; "auto" takes it for one
+    "native": KIND_PRECISIONS["native"],  # of the package that it reads; "auto" takes it for one
     # after eager, so "auto" does not choose it: no GPU has run it yet; int8 and int4: weights of the language model's layers
     "cuda": ("bfloat16", "float16", "float32", "int8", "int4"),
-    "onnx": PRECISIONS,  # reads exported packages, which nothing else does; the package decides its precision
+    "onnx": KIND_PRECISIONS["onnx"],  # reads exported packages, which nothing else does; the package decides its precision
 }
 
 
@@ -70,7 +69,7 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
         BackendError: an unknown backend or precision, or one that does not read this kind of folder. MissingDependencyError: none can
             run here. CheckpointError: a bad folder.
     """
-    reader = "native" if is_native_package(path) else "onnx" if is_package(path) else None
+    reader = package_kind(path)  # a kind has the name of the backend that reads it
     chosen = (reader or next(iter(BACKENDS))) if name == "auto" else name
     reason = why_not(chosen)
     if reason is not None:
@@ -98,7 +97,7 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
 
 
 def _load_package(path: Path, name: str, precision: str) -> Backend:
-    own = read_manifest(path)["precision"] if name == "native" else Package.open(path).precision
+    own = read_manifest(path)["precision"]
     if precision not in ("auto", own):
         raise BackendError(
             f'precision of this package is {own}, asked was {precision!r}; use "auto", or export it with --precision {precision}'

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..backends import BACKENDS
 from ..errors import InputError, MissingDependencyError, RsvlmError
-from ..models.package import is_package
+from ..models.package import package_kind
 from ..pipeline import default_checkpoint
 from .accuracy import measure_accuracy
 from .compare import Comparison, Rule, compare, refuse, setting_differences
@@ -152,12 +152,12 @@ def _run_bench(options: argparse.Namespace, arguments: Sequence[str], rules: lis
         report = read_report(options.source)
     else:
         work, here = _workload(options, DEFAULT_LIMIT, errors), environment(arguments)
-        packaged = is_package(work.checkpoint)  # it has one precision, its own, and runs on one backend
+        packaged = package_kind(work.checkpoint)  # it has one precision, its own, and runs on one backend
         rows = plan_rows(
-            options.backend or ["onnx" if packaged else DEFAULT_BACKEND],
+            options.backend or [packaged or DEFAULT_BACKEND],
             options.precision or (["auto"] if packaged else DEFAULT_PRECISIONS),
             options.scenario or SCENARIOS,
-            baseline=not packaged,
+            baseline=packaged is None,
         )
         if older is not None:  # before minutes are spent on a result that cannot be compared
             refuse(setting_differences(Report(here, describe(work), ()), older), force=options.force)

@@ -100,20 +100,20 @@ def test_a_tied_table_is_stored_once(pair: Get) -> None:
 
 def test_a_flipped_byte_is_refused(package: Path) -> None:
     flip_byte(package / "language.weights")
-    _refused(package, "language.weights has sha256", "export it again")
+    _refused(package, "language.weights must have sha256", "export it again")
 
 
 def test_a_missing_a_cut_and_a_foreign_file_are_refused(package: Path) -> None:
     (package / "vision.onnx").unlink()
     (package / "config.json").write_text("{}")
     _edit(package, lambda values: values["files"].update({"../secret": {"bytes": 1, "sha256": "0"}}))
-    _refused(package, "vision.onnx is missing", "config.json must have", "lies outside")
+    _refused(package, "vision.onnx must exist", "config.json must have", "must lie inside")
 
 
 def test_a_newer_format_and_a_foreign_architecture_are_refused(package: Path) -> None:
     kept = (package / "manifest.json").read_text()
     _edit(package, lambda values: values.update(version=FORMAT_VERSION + 1))
-    _refused(package, f"format version {FORMAT_VERSION + 1}", "upgrade rsvlm_infer")
+    _refused(package, f"must be at most {FORMAT_VERSION}, got {FORMAT_VERSION + 1}", "upgrade rsvlm-infer")
     for change in ({"architecture": "mamba"}, {"kind": "coreml"}, {"format": "zip"}, {"version": "1"}, {"precision": "fp3"}):
         (package / "manifest.json").write_text(kept)
         _edit(package, lambda values, change=change: values.update(change))  # type: ignore[misc]

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from rsvlm_infer.errors import CheckpointError
-from rsvlm_infer.models.native_package import NativePackage, is_native_package, map_weights, write_weights
+from rsvlm_infer.models.native_package import NativePackage, map_weights, write_weights
+from rsvlm_infer.models.package import is_package
 from tests.conftest import REPOSITORY
 from tests.native import needs_native
 
@@ -65,12 +66,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: _edit_manifest(p, lambda m: m.update(architecture="bert")),
         "architecture must be 'rsvlm', got 'bert'",
     ),
+    "a foreign kind": (lambda p: _edit_manifest(p, lambda m: m.update(kind="coreml")), "kind must be one of .*, got 'coreml'"),
+    "a precision of another kind": (
+        lambda p: _edit_manifest(p, lambda m: m.update(precision="fp16")),
+        "precision must be one of .*, got 'fp16'",
+    ),
     "an unknown precision": (lambda p: _edit_manifest(p, lambda m: m.update(precision="int2")), "precision must be one of"),
     "a file outside": (
         lambda p: _edit_manifest(p, lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}})),
         "must lie inside of the package",
     ),
-    "no list of files": (lambda p: _edit_manifest(p, lambda m: m.update(files={})), "manifest files must name"),
+    "no list of files": (
+        lambda p: _edit_manifest(p, lambda m: m.update(files={})),
+        "manifest files must be an object that names",
+    ),
     "no JSON": (lambda p: (p / "manifest.json").write_text("{"), "manifest .* must be a JSON object"),
 }
 
@@ -85,7 +94,7 @@ def test_damage_is_refused_in_one_line(package: Path, damage: str) -> None:
     NativePackage.open(package)
     change, message = DAMAGES[damage]
     change(package)
-    assert is_native_package(package)
+    assert is_package(package)
     with pytest.raises(CheckpointError, match=message) as caught:
         NativePackage.open(package)
     assert "\n" not in str(caught.value)
