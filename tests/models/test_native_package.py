@@ -163,17 +163,17 @@ def test_an_embedding_row_is_the_rounded_weight() -> None:
 
 
 def test_int4_scales_leave_less_error_than_the_largest_weight_asks_for() -> None:
-    from rsvlm_export.native import _fit_int4
+    from rsvlm_export.native import _nearest_int4
 
     weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
     weight[3, 32:64] = 0
-    fitted = _fit_int4(weight)
+    fitted = _nearest_int4(weight)
     assert fitted.shape == (40, 96)
     error = (dequantise(fitted) - weight).square().sum()
     assert error < 0.9 * (dequantise(pack_weight(weight, "int4")) - weight).square().sum()
     assert dequantise(fitted)[3, 32:64].abs().sum() == 0
     with pytest.raises(CheckpointError, match="must be finite"):
-        _fit_int4(torch.full((1, 32), torch.inf))
+        _nearest_int4(torch.full((1, 32), torch.inf))
 
 
 def test_export_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
