@@ -191,55 +191,59 @@ def _feed(layer: DecoderLayer, states: Tensor) -> Tensor:
     return states + layer.mlp(layer.post_norm(states))  # type: ignore[no-any-return]
 
 
-def _input_of(layer: DecoderLayer, step: Step, states: Tensor) -> Tensor:
-    """What the matrices of a step multiply: states are the layer's inputs for its attention, and attended ones for its MLP."""
+def _through(layer: DecoderLayer, step: Step, states: Tensor) -> tuple[Tensor, Tensor]:
+    """What the matrices of a step multiply, and the states behind them; before the last matrix of a half the states stay."""
     if step is ATTENTION:
-        return layer.input_norm(states)  # type: ignore[no-any-return]
+        return layer.input_norm(states), states
     if step is GATED:
-        return layer.post_norm(states)  # type: ignore[no-any-return]
+        return layer.post_norm(states), states
     seen: list[Tensor] = []
     handle = layer.get_submodule(step[0]).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        (_attend if step is OUTPUT else _feed)(layer, states)
+        behind = (_attend if step is OUTPUT else _feed)(layer, states)
     finally:
         handle.remove()
-    return seen[0]
+    return seen[0], behind
 
 
 def _round_layer(layer: DecoderLayer, own: DecoderLayer, batches: list[_Batch], found: RoundedLanguage, prefix: str) -> None:
     """Rounds the twin's layer in place, notes its codes, and takes all texts through both."""
     for step in STEPS:
         kind = found.kinds.get(f"{prefix}{NAMES[step]}", "bf16")
-        if kind == "bf16":
-            for name in step:
+        hessian, cross, inputs = _pass(layer, own, step, batches)
+        for name in step:
+            if kind == "bf16":
                 _weight(own, name).copy_(_weight(layer, name).to(torch.bfloat16))
-        else:
-            hessian, cross = _sums(layer, own, step, batches)
-            for name in step:
-                fitted = _fitted(_weight(layer, name), hessian, cross)
-                packed = pack_weight(fitted, "int8")
-                if kind == "int4":
-                    found.finer[f"{prefix}{name}"] = packed
-                    packed = packed_int4(round_blocks(fitted.numpy(), 4, hessian.numpy(), symmetric=True))
-                found.packed[f"{prefix}{name}"] = packed
-                _weight(own, name).copy_(dequantise(packed))
-        if step in (OUTPUT, DOWN):
-            walk = _attend if step is OUTPUT else _feed
-            for batch in batches:
-                batch.exact, batch.rounded = walk(layer, batch.exact), walk(own, batch.rounded)
+                continue
+            fitted = _fitted(_weight(layer, name), hessian, cross)
+            packed = pack_weight(fitted, "int8")
+            if kind == "int4":
+                found.finer[f"{prefix}{name}"] = packed
+                packed = packed_int4(round_blocks(fitted.numpy(), 4, hessian.numpy(), symmetric=True))
+            found.packed[f"{prefix}{name}"] = packed
+            _weight(own, name).copy_(dequantise(packed))
+        if step in (OUTPUT, DOWN):  # the matrix that ends a half: what it gives is added to the states
+            for batch, rows in zip(batches, inputs, strict=True):
+                batch.rounded = batch.rounded + own.get_submodule(step[0])(rows)
 
 
-def _sums(layer: DecoderLayer, own: DecoderLayer, step: Step, batches: list[_Batch]) -> tuple[Tensor, Tensor]:
-    """Σ x'·x'ᵀ and Σ x'·xᵀ [in, in] of the twin's inputs x' and the exact ones x, over what may be fitted."""
+def _pass(layer: DecoderLayer, own: DecoderLayer, step: Step, batches: list[_Batch]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Σ x'·x'ᵀ and Σ x'·xᵀ [in, in] of the twin's inputs x' and the exact ones x, over what may be fitted; and all of x'.
+
+    Exact states are taken behind the step; the twin's wait for its codes.
+    """
     width = _weight(layer, step[0]).shape[1]
     hessian, cross = (torch.zeros(width, width, dtype=torch.float64) for _ in range(2))
+    inputs = []
     for batch in batches:
+        exact, batch.exact = _through(layer, step, batch.exact)
+        rounded, _ = _through(own, step, batch.rounded)
+        inputs.append(rounded)
         if not batch.held_out:
-            exact = _input_of(layer, step, batch.exact)[batch.real]
-            rounded = _input_of(own, step, batch.rounded)[batch.real]
-            hessian += rounded.T @ rounded
-            cross += rounded.T @ exact
-    return hessian, cross
+            own_rows, exact_rows = rounded[batch.real], exact[batch.real]
+            hessian += own_rows.T @ own_rows
+            cross += own_rows.T @ exact_rows
+    return hessian, cross, inputs
 
 
 def _fitted(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
