@@ -18,6 +18,7 @@ from rsvlm_infer.errors import BackendError, CheckpointError, InputError, RsvlmE
 from rsvlm_infer.models.load import embedder_digest, load_checkpoint, read_config
 from rsvlm_infer.models.package import Package, is_package
 from tests.export.packages import CONFIGS, Pair, export_checkpoint, flip_byte, packed, prompt, random_model, save_checkpoint
+from tests.native import needs_native
 
 Get = Callable[..., Pair]
 
@@ -120,6 +121,35 @@ def test_a_newer_format_and_a_foreign_architecture_are_refused(package: Path) ->
         _refused(package, f"{next(iter(change.values()))!r}")
     (package / "manifest.json").write_text("{")
     _refused(package, "JSON object")
+
+
+@needs_native
+def test_both_kinds_are_refused_in_the_same_words(pair: Get, tmp_path: Path) -> None:
+    made = pair("full")
+    folders = {"onnx": made.package, "native": export_checkpoint(made.checkpoint, tmp_path / "native", format="native")}
+    manifests = {kind: Package.open(folder).manifest for kind, folder in folders.items()}
+    assert [manifest["kind"] for manifest in manifests.values()] == list(folders)
+    assert manifests["onnx"]["model"] == manifests["native"]["model"]
+    changes: list[Callable[[Path], object]] = [
+        lambda folder: _edit(folder, lambda values: values.update(version=FORMAT_VERSION + 1)),
+        lambda folder: _edit(folder, lambda values: values.update(architecture="mamba")),
+        lambda folder: _edit(folder, lambda values: values.update(format="gguf")),
+        lambda folder: _edit(folder, lambda values: values.update(kind="coreml")),
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "config.json").write_text("{}"),
+        lambda folder: flip_byte(folder / "tokenizer.json"),
+        lambda folder: (folder / "manifest.json").write_text("[]"),
+    ]
+    for index, change in enumerate(changes):
+        said = set()
+        for kind, folder in folders.items():
+            damaged = Path(shutil.copytree(folder, tmp_path / f"{kind}{index}"))
+            change(damaged)
+            with pytest.raises(CheckpointError) as caught:
+                load_backend(damaged)
+            said.add(str(caught.value).replace(str(damaged), "PACKAGE"))
+        assert len(said) == 1
+        assert "\n" not in said.pop()
 
 
 def test_graphs_of_another_config_are_refused(package: Path) -> None:
