@@ -23,13 +23,12 @@ import numpy as np
 import torch
 
 from benchmarks.rows import append_rows
-from rsvlm_export.native import export_native
+from rsvlm_export.native import PRECISIONS, export_native
 from rsvlm_infer import RSVLM
 from rsvlm_infer.backends import Backend, Prompt
 from rsvlm_infer.backends.native import NativeBackend
 from rsvlm_infer.engine import Engine, Request
 from rsvlm_infer.hardware import probe
-from rsvlm_infer.models.native_package import PRECISIONS
 from rsvlm_infer.pipeline import default_checkpoint
 from rsvlm_infer.tasks.caption import CAPTION_PROMPT
 from rsvlm_infer.tasks.generation import GenerationSettings, build_request, prompt_ids

@@ -1,8 +1,8 @@
 """What an exported package is: file names, manifest, and every graph's inputs, outputs, dtypes and dynamic axes. Knows no runtime.
 
-The writer (`rsvlm_export`) and the reader (`backends/onnx.py`) both ask here, so that they cannot drift apart. Dynamic axes are
-letters: S patches, T tiles, k salient patches, Nv visual tokens, B rows, N tokens of a row, C places of a cache row, K cues of a
-level, Q query tokens, V visual embeddings, M knowledge entries; T+1 is written as U.
+The writer (`rsvlm_export`) and the readers (`models/package.py`, `backends/onnx.py`) ask here, so that they cannot drift apart.
+Dynamic axes are letters: S patches, T tiles, k salient patches, Nv visual tokens, B rows, N tokens of a row, C places of a cache
+row, K cues of a level, Q query tokens, V visual embeddings, M knowledge entries; T+1 is written as U.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .config import LEVELS, RsvlmConfig
 FORMAT = "rsvlm-package"
 FORMAT_VERSION = 1  # goes up when an older reader would read a package wrongly
 ARCHITECTURE = "rsvlm"
-KINDS = ("onnx",)
+KINDS = ("onnx", "native")  # graphs for onnxruntime; weights for the C++ core
 
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"  # written by `rsvlm verify`, so it is no part of the manifest
@@ -24,8 +24,10 @@ PREPROCESSING = "preprocessing.json"
 DRAFTS = "drafts.safetensors"  # optional, in checkpoints and packages: see `models.draft_table`; it is no weight
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "MODEL_CARD.md", DRAFTS)
 KNOWLEDGE = "knowledge"
+NATIVE_WEIGHTS = "weights.safetensors"  # of a native package; a graph's weights have its name
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+KIND_PRECISIONS = {"onnx": PRECISIONS, "native": ("fp32", "bf16", "int8", "int4")}
 DOMAIN = "rsvlm"  # of our own ops
 OPSET = 23
 IR_VERSION = 11  # what belongs to opset 23

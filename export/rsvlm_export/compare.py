@@ -1,6 +1,7 @@
 """How far a package's graphs are from the eager float32 model, graph by graph, each on the model's own inputs. Knows no gate.
 
-Every graph gets what the eager model would give it, so one graph's error does not hide in the next one's.
+Every graph gets what the eager model would give it, so one graph's error does not hide in the next one's. A native package has no
+graph files, but the same stages: they go by the same names and through the same code.
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from rsvlm_infer.backends.base import ImageFeatures, Prompt, Query
+from rsvlm_infer.backends.base import Embeddings, ImageFeatures, Prompt, Query
 from rsvlm_infer.backends.eager import EagerBackend
-from rsvlm_infer.backends.onnx import OnnxBackend, OnnxHandle, open_session
 from rsvlm_infer.config import LEVELS, RsvlmConfig
 from rsvlm_infer.contract import ALIGN, BRIDGE, CUE_SEARCH, DECODER, TEXT_EMBED, VISION, WORD_EMBED, tap_names
 from rsvlm_infer.imagery.pack import PackedScene, pack_scene
@@ -78,6 +78,30 @@ class Comparison:
         self.graphs.setdefault(graph, GraphError()).add(case, value, reference)
 
 
+class StagedBackend(Protocol):
+    """What is compared of a package: the steps of `Backend.encode` one by one, and the language model. See `OnnxBackend`."""
+
+    def encode_tiles(self, scenes: Sequence[PackedScene]) -> list[dict[str, npt.NDArray[np.float32]]]: ...
+
+    def align(self, taps: dict[str, npt.NDArray[np.float32]], scene: PackedScene) -> Embeddings | None: ...
+
+    def find_cues(self, embeddings: Embeddings | None, query: Query | None) -> tuple[Any, tuple[str, ...]]: ...
+
+    def bridge(
+        self, taps: dict[str, npt.NDArray[np.float32]], scene: PackedScene, cues: Any
+    ) -> npt.NDArray[np.float32] | None: ...
+
+    def embed_words(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.float32]: ...
+
+    def embed_text(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]: ...
+
+    def features_of(self, tokens: npt.NDArray[np.float32]) -> ImageFeatures: ...
+
+    def prefill(self, sequences: Sequence[Prompt], capacity: int) -> tuple[npt.NDArray[np.float32], Any]: ...
+
+    def decode(self, cache: Any, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]: ...
+
+
 def cases(config: RsvlmConfig, images: Sequence[Path]) -> Iterator[tuple[str, PackedScene]]:
     """Real images as the checkpoint reads them, then noise that is long, thin and short, and one real or noisy single tile."""
     for image in images:
@@ -98,15 +122,16 @@ def _packed(source: Any, config: RsvlmConfig) -> PackedScene:
 
 
 def compare_graphs(
-    package: Package, eager: EagerBackend, backend: OnnxBackend, images: Sequence[Path], step: Callable[[str], None]
+    package: Package, eager: EagerBackend, backend: StagedBackend, images: Sequence[Path], step: Callable[[str], None]
 ) -> Comparison:
-    """All graphs over all cases. The package's backend must be loaded already; `step` takes the name of each finished case."""
+    """All graphs or stages over all cases. The package's backend must be loaded already; `step` takes the name of each finished case."""
     found = Comparison()
     config = package.config
     texts = _texts(config)
     if config.alignment is not None:
         _compare_texts(found, eager, backend, config, texts)
-        _compare_search(found, package)
+        if CUE_SEARCH in package.manifest.get("graphs", ()):  # elsewhere the search is the knowledge base's own
+            _compare_search(found, package)
     if config.language is not None and eager.model.language_model is not None:
         table = eager.model.language_model.embed_tokens.weight.numpy()
         found.add(WORD_EMBED, "long text", backend.embed_words(texts[0]), table[texts[0]])
@@ -131,7 +156,7 @@ def _texts(config: RsvlmConfig) -> list[npt.NDArray[np.int32]]:
 
 
 def _compare_texts(
-    found: Comparison, eager: EagerBackend, backend: OnnxBackend, config: RsvlmConfig, texts: list[npt.NDArray[np.int32]]
+    found: Comparison, eager: EagerBackend, backend: StagedBackend, config: RsvlmConfig, texts: list[npt.NDArray[np.int32]]
 ) -> None:
     assert config.alignment is not None
     if config.alignment.text_source == "text_encoder" and config.text_encoder is not None:
@@ -143,6 +168,8 @@ def _compare_texts(
 
 
 def _compare_search(found: Comparison, package: Package) -> None:
+    from rsvlm_infer.backends.onnx import open_session
+
     assert package.config.alignment is not None
     width = package.config.alignment.embed_size
     rng = np.random.default_rng(3)
@@ -161,7 +188,7 @@ def _compare_scene(
     found: Comparison,
     name: str,
     eager: EagerBackend,
-    backend: OnnxBackend,
+    backend: StagedBackend,
     scene: PackedScene,
     texts: list[npt.NDArray[np.int32]],
 ) -> None:
@@ -183,15 +210,15 @@ def _compare_scene(
     tokens = expected.handle.tokens.numpy()
     found.add(BRIDGE, name, backend.bridge(own, scene, cues), tokens)
     ids = np.concatenate([texts[2], np.full(len(tokens), config.image_token_id, np.int32), texts[1]]).astype(np.int32)
-    mine = ImageFeatures(OnnxHandle(tokens, None), len(tokens))
-    _compare_decoder(found, name, eager, backend, [Prompt(ids, (expected,))], [Prompt(ids, (mine,))])
+    own_prompt = Prompt(ids, (backend.features_of(tokens),))
+    _compare_decoder(found, name, eager, backend, [Prompt(ids, (expected,))], [own_prompt])
 
 
 def _compare_decoder(
     found: Comparison,
     name: str,
     eager: EagerBackend,
-    backend: OnnxBackend,
+    backend: StagedBackend,
     expected: list[Prompt],
     own: list[Prompt] | None = None,
 ) -> None:

@@ -11,13 +11,17 @@ from rsvlm_infer.errors import InputError
 from rsvlm_infer.models.load import load_checkpoint
 
 from .calibrate import caption_images, find_images, watch
+from .calibration_texts import calibration_texts
+from .layerwise import calibration_summary, layer_entries, round_language
 from .linears import model_weights
-from .native import export_native
+from .native import LanguagePlan, export_native
 from .onnx.parts import Precision
 from .package import Plan, refuse_existing, write_package
 from .quantize import quantize, wants_hessian
 
 FORMATS = ("onnx", "native")
+# Nats a token by which held-out answers of a 4-bit language model may diverge from the exact one; see docs/packages.md
+DIVERGENCE_LIMIT = 0.01
 # at 64 visual tokens, prompt and caption some 7,000 rows: compensation needs several for each of a layer's inputs
 CALIBRATION_IMAGES = 64
 STORED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -39,8 +43,8 @@ def export_checkpoint(
     Args:
         checkpoint: a folder of any supported layout. target: the package's folder.
         format: "onnx", or "native" for the C++ runtime (no fp16). precision: one of `PRECISIONS`. report: takes one line per step.
-        calibrate: for int8 and int4: an image, a folder of images, or RSICD's folder, of which the train split is taken; at most
-            `calibration_images` of them are captioned in float32.
+        calibrate: for int4, and int8 of onnx: an image, a folder of images, or RSICD's folder, of which the train split is taken; at
+            most `calibration_images` of them are captioned.
 
     Returns:
         The package's folder.
@@ -53,12 +57,7 @@ def export_checkpoint(
     if precision not in PRECISIONS:
         raise InputError(f"--precision must be one of {list(PRECISIONS)}, got {precision!r}; choose one of them")
     if format == "native":
-        if calibrate is not None:
-            raise InputError(
-                "--calibrate must be left out for --format native, which rounds without images; leave it out, or use onnx"
-            )
-        report(f"laying out weights at {precision}")
-        return export_native(checkpoint, target, precision, overwrite=overwrite)
+        return _native(checkpoint, target, precision, overwrite, calibrate, calibration_images, report)
     images = _calibration_images(precision, calibrate, calibration_images)
     refuse_existing(target, overwrite)  # before minutes of calibration
     loaded = load_checkpoint(checkpoint)
@@ -77,6 +76,39 @@ def export_checkpoint(
         report(f"{len(finer)} of {len(plan.layers)} layers kept finer than asked: {', '.join(finer) or 'none'}")
     report(f"writing graphs at {precision}")
     return write_package(loaded, weights, plan, target, overwrite=overwrite)
+
+
+def _native(
+    checkpoint: str | Path,
+    target: str | Path,
+    precision: str,
+    overwrite: bool,
+    calibrate: str | Path | None,
+    limit: int,
+    report: Callable[[str], None],
+) -> Path:
+    if precision != "int4":
+        if calibrate is not None:
+            raise InputError(
+                f"--calibrate must be left out for --format native --precision {precision}, which rounds without images; leave it out"
+            )
+        report(f"laying out weights at {precision}")
+        return export_native(checkpoint, target, precision, overwrite=overwrite)
+    images = _calibration_images(precision, calibrate, limit)
+    refuse_existing(target, overwrite)  # before minutes of calibration
+    loaded = load_checkpoint(checkpoint)
+    language = loaded.model.language_model
+    if language is None or loaded.config.text_encoder is not None:
+        return export_native(loaded, target, precision, overwrite=overwrite)  # it has nothing to round, or is refused there
+    report(f"captioning {len(images)} images to see what goes through each layer")
+    texts = calibration_texts(loaded, images, lambda done: report(f"{done} of {len(images)} images"))
+    found = round_language(language, texts, DIVERGENCE_LIMIT, report)
+    layers = layer_entries(found)
+    finer = [layer["name"] for layer in layers if layer["kept"] != layer["asked"]]
+    report(f"{len(finer)} of {len(layers)} matrices kept finer than asked: {', '.join(finer) or 'none'}")
+    notes = {"layers": layers, "calibration": calibration_summary(texts, found, DIVERGENCE_LIMIT)}
+    plan = LanguagePlan(found.kinds, found.packed, notes)
+    return export_native(loaded, target, precision, overwrite=overwrite, plan=plan)
 
 
 def _calibration_images(precision: str, path: str | Path | None, limit: int) -> list[Path]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,28 +11,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rsvlm_infer import __version__
 from rsvlm_infer.config import RsvlmConfig
-from rsvlm_infer.contract import DRAFTS
+from rsvlm_infer.contract import KIND_PRECISIONS, NATIVE_WEIGHTS
 from rsvlm_infer.errors import BackendError, CheckpointError
 from rsvlm_infer.hardware import native_why_not
-from rsvlm_infer.models.checkpoint import sha256_of
 from rsvlm_infer.models.load import LoadedCheckpoint, load_checkpoint
-from rsvlm_infer.models.native_package import (
-    ARCHITECTURE,
-    FORMAT,
-    FORMAT_VERSION,
-    KIND,
-    KNOWLEDGE,
-    MANIFEST,
-    PRECISIONS,
-    WEIGHTS,
-    write_weights,
-)
+from rsvlm_infer.models.native_package import write_weights
 from rsvlm_infer.ops.weight_matmul import PackedWeight, pack_weight
 
-COPIED = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "MODEL_CARD.md", DRAFTS)
-_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the scale that reaches the largest weight
+from .layerwise import packed_int4
+from .package import refuse_existing, write_folder
+from .rounding import round_blocks
+
+PRECISIONS = KIND_PRECISIONS["native"]
 # what int4 hurts most: of 24 captions of the default model 15 stay those of fp32 with the `down` matrices in int8, 11 without
 _INT8_IN_INT4 = ("embed_tokens", "lm_head", "down")
 GROUP = 32  # rows of a block, and columns that share a scale
@@ -42,15 +31,35 @@ Array = npt.NDArray[Any]
 State = dict[str, torch.Tensor]
 
 
-def export_native(checkpoint: str | Path, folder: str | Path, precision: str = "bf16", *, overwrite: bool = False) -> Path:
+@dataclass(frozen=True)
+class LanguagePlan:
+    """How the language model's matrices are kept: `kinds` by matrix name, fitted codes by parameter name (without `.weight`).
+
+    `notes` is what the manifest says about it.
+    """
+
+    kinds: Mapping[str, str]
+    packed: Mapping[str, PackedWeight]
+    notes: Mapping[str, Any]
+
+
+def export_native(
+    checkpoint: str | Path | LoadedCheckpoint,
+    folder: str | Path,
+    precision: str = "bf16",
+    *,
+    overwrite: bool = False,
+    plan: LanguagePlan | None = None,
+) -> Path:
     """Writes a checkpoint as a native package, at once or not at all.
 
     Args:
-        checkpoint: any supported checkpoint folder; low-rank pairs of a delta are merged.
+        checkpoint: any supported checkpoint folder, or a loaded one; low-rank pairs of a delta are merged.
         folder: must not exist, unless `overwrite`.
-        precision: of the language model's matrices: "fp32", "bf16", "int8" or "int4" (one float16 scale per 32 columns). The
-            word table and the `down` matrices are int8 in an int4 package. All other matrices are float32 in an fp32 package and
-            bf16 otherwise.
+        precision: of the language model's matrices: "fp32", "bf16", "int8" or "int4" (one float16 scale per 32 columns). All other
+            matrices are float32 in an fp32 package and bf16 otherwise.
+        plan: what calibration found for int4. Without one every weight takes its nearest code, and the word table and the `down`
+            matrices are int8.
 
     Returns:
         The folder.
@@ -63,48 +72,19 @@ def export_native(checkpoint: str | Path, folder: str | Path, precision: str = "
     reason = native_why_not()
     if reason is not None:
         raise BackendError(f"the native package is laid out by the native extension: {reason}")
-    target = Path(folder)
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"folder {target} exists and is not overwritten; choose another one or pass overwrite=True")
-    loaded = load_checkpoint(checkpoint)
+    refuse_existing(folder, overwrite)
+    loaded = checkpoint if isinstance(checkpoint, LoadedCheckpoint) else load_checkpoint(checkpoint)
     if loaded.config.text_encoder is not None:
         raise CheckpointError(
-            f"checkpoint {checkpoint} must have no text_encoder for the native backend, got one; use backend 'eager'"
+            f"checkpoint {loaded.folder} must have no text_encoder for the native backend, got one; use backend 'eager'"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        new = Path(scratch) / "new"
-        new.mkdir()
-        weights = lay_out(loaded.config, loaded.model.state_dict(), precision)
-        write_weights(new / WEIGHTS, weights)
-        (new / "config.json").write_text(json.dumps(loaded.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        for name in COPIED:
-            if (loaded.folder / name).is_file():
-                shutil.copyfile(loaded.folder / name, new / name)
-        if loaded.knowledge_folder is not None:
-            shutil.copytree(loaded.knowledge_folder, new / KNOWLEDGE)
-        manifest = _manifest(loaded, precision, new)
-        (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rename(Path(scratch) / "old")
-        new.rename(target)
-    return target
 
+    def fill(new: Path) -> dict[str, Any]:
+        weights = lay_out(loaded.config, loaded.model.state_dict(), precision, plan)
+        write_weights(new / NATIVE_WEIGHTS, weights)
+        return {} if plan is None else dict(plan.notes)
 
-def _manifest(loaded: LoadedCheckpoint, precision: str, folder: Path) -> dict[str, Any]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "kind": KIND,
-        "architecture": ARCHITECTURE,
-        "precision": precision,
-        "model": {"embedder": loaded.embedder, "files": loaded.files},
-        "made_by": f"rsvlm-infer {__version__}",
-        "files": {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
-        },
-    }
+    return write_folder(loaded, folder, "native", precision, fill, overwrite=overwrite)
 
 
 @dataclass
@@ -116,25 +96,48 @@ class _Sorted:
     experts: dict[str, torch.Tensor] = field(default_factory=dict)  # row-major, because tokens are sorted by expert
 
 
-def lay_out(config: RsvlmConfig, state: State, precision: str) -> dict[str, tuple[str, int, int, Array]]:
+def lay_out(
+    config: RsvlmConfig, state: State, precision: str, plan: LanguagePlan | None = None
+) -> dict[str, tuple[str, int, int, Array]]:
     """A model's weights by the names and in the layouts of `models.native_package`."""
     parts = _sort(config, {name: value.detach().float() for name, value in state.items()})
+    fitted = {} if plan is None else _fuse(config, plan.packed)
     wide = precision == "fp32"
     laid: dict[str, tuple[str, int, int, Array]] = {}
     for name, weight in parts.linears.items():
-        language = name.startswith("language_model.")
-        kind = "fp32" if wide or name.endswith(".router") else precision if language else "bf16"
-        if kind == "int4" and name.rpartition(".")[2] in _INT8_IN_INT4:
-            kind = "int8"
-        if kind in ("int8", "int4") and weight.shape[1] % GROUP:
-            kind = "bf16"
-        laid[name] = (kind, weight.shape[0], weight.shape[1], _laid_out(weight, kind))
+        kind = _kind(name, weight, precision, plan)
+        laid[name] = (kind, weight.shape[0], weight.shape[1], _laid_out(weight, kind, fitted.get(name)))
     for name, value in parts.vectors.items():
         laid[name] = ("", value.numel(), 0, _numpy(value))
     for name, value in parts.experts.items():  # last: two bytes each may leave what follows at no multiple of four
         content = _numpy(value) if wide else _bf16(value)
         laid[name] = ("" if wide else "raw", value.numel(), 0, content)
     return laid
+
+
+def _kind(name: str, weight: torch.Tensor, precision: str, plan: LanguagePlan | None) -> str:
+    if precision == "fp32" or name.endswith(".router"):
+        return "fp32"
+    if not name.startswith("language_model."):
+        return "bf16"
+    kind = precision if plan is None else plan.kinds.get(name, "bf16")
+    if plan is None and kind == "int4" and name.rpartition(".")[2] in _INT8_IN_INT4:
+        kind = "int8"
+    return "bf16" if kind in ("int8", "int4") and weight.shape[1] % GROUP else kind
+
+
+def _fuse(config: RsvlmConfig, packed: Mapping[str, PackedWeight]) -> dict[str, PackedWeight]:
+    """Codes and scales joined as the weights are: fusing and interleaving move rows, whose zeros have scale 0."""
+    codes = _sort(config, {f"{name}.weight": value.codes for name, value in packed.items()}).linears
+    scales = _sort(
+        config, {f"{name}.weight": value.scales for name, value in packed.items() if value.scales is not None}
+    ).linears
+    bits = _sort(
+        config, {f"{name}.weight": torch.tensor([[8 if value.kind == "int8" else 4]]) for name, value in packed.items()}
+    )
+    return {
+        name: PackedWeight("int8" if bits.linears[name][0, 0] == 8 else "int4", codes[name], scales[name]) for name in codes
+    }
 
 
 def _sort(config: RsvlmConfig, state: State) -> _Sorted:
@@ -174,7 +177,7 @@ def _interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return torch.stack(padded, dim=1).reshape(-1, columns)
 
 
-def _laid_out(weight: torch.Tensor, kind: str) -> Array:
+def _laid_out(weight: torch.Tensor, kind: str, fitted: PackedWeight | None = None) -> Array:
     from rsvlm_infer import _C
 
     if kind == "fp32":  # as bf16 lies: blocks of 32 rows side by side, column by column
@@ -182,7 +185,7 @@ def _laid_out(weight: torch.Tensor, kind: str) -> Array:
         padded = np.zeros((-(-rows // GROUP) * GROUP, -(-columns // GROUP) * GROUP), np.float32)
         padded[:rows, :columns] = _numpy(weight)
         return np.ascontiguousarray(padded.reshape(-1, GROUP, padded.shape[1]).transpose(0, 2, 1))
-    packed = _fit_int4(weight) if kind == "int4" else pack_weight(weight, kind)  # type: ignore[arg-type]
+    packed = fitted or (_nearest_int4(weight) if kind == "int4" else pack_weight(weight, kind))  # type: ignore[arg-type]
     shape: dict[str, Any] = {"kind": kind, "rows": weight.shape[0], "columns": weight.shape[1], "wide_scales": False}
     layout = np.empty(_C.weight_layout_bytes(**shape), np.uint8)
     scales = 0 if packed.scales is None else packed.scales.data_ptr()
@@ -190,35 +193,13 @@ def _laid_out(weight: torch.Tensor, kind: str) -> Array:
     return layout
 
 
-def _fit_int4(weight: torch.Tensor) -> PackedWeight:
-    """`pack_weight` with the scale of each group that leaves the least squared error, of a few.
-
-    Some scales cut the largest weight, and some are negative, which gives its sign the code -8: 16 levels then, and not 15.
-    """
-    rows, columns = weight.shape
-    packed = []
-    for part in torch.split(weight, 4096):
-        groups = part.reshape(len(part), columns // GROUP, GROUP)
-        largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))  # with its sign
-        best = codes = scales = None
-        for share in _SHARES:
-            for scale in ((largest.abs() * share / 7).half(), (largest * -share / 8).half()):
-                divisor = torch.where(scale == 0, torch.inf, scale.float())
-                found = (groups / divisor).round().clamp(-8, 7)
-                error = (found * scale.float() - groups).square().sum(dim=2, keepdim=True)
-                if best is None or codes is None or scales is None:
-                    best, codes, scales = error, found, scale
-                    continue
-                better = error < best
-                best = torch.where(better, error, best)
-                codes, scales = torch.where(better, found, codes), torch.where(better, scale, scales)
-        assert codes is not None
-        assert scales is not None
-        shifted = (codes + 8).to(torch.uint8).view(len(part), columns)
-        packed.append((shifted[:, ::2] | (shifted[:, 1::2] << 4), scales[:, :, 0]))
-    if not all(torch.isfinite(scales).all() for _, scales in packed):
-        raise CheckpointError(f"weights [{rows}, {columns}] must be finite and fit float16 scales; use precision bf16")
-    return PackedWeight("int4", torch.cat([codes for codes, _ in packed]), torch.cat([scales for _, scales in packed]))
+def _nearest_int4(weight: torch.Tensor) -> PackedWeight:
+    """Each weight's nearest code, with the scale of each group that leaves the least squared error, of a few."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        packed = packed_int4(round_blocks(_numpy(weight), 4, symmetric=True))
+    if packed.scales is None or not torch.isfinite(packed.scales).all() or not torch.isfinite(weight).all():
+        raise CheckpointError(f"weights {list(weight.shape)} must be finite and fit float16 scales; use precision bf16")
+    return packed
 
 
 def _numpy(value: torch.Tensor) -> Array:

@@ -1,4 +1,7 @@
-"""Writes a package: graphs, config, tokenizer, knowledge and manifest, whole or not at all. Knows no rounding and no proof."""
+"""Writes a package: graphs, config, tokenizer, knowledge and manifest, whole or not at all. Knows no rounding and no proof.
+
+`write_folder` is the part that every kind of package shares, so that one reader (`rsvlm_infer.models.package`) checks them all.
+"""
 
 from __future__ import annotations
 
@@ -70,6 +73,35 @@ def write_package(
     Raises:
         CheckpointError: the target exists, or the model cannot be exported.
     """
+
+    def fill(folder: Path) -> dict[str, Any]:
+        write_graphs(loaded.config, Source(weights, plan.precision), folder)
+        return {
+            "stored": plan.precision.stored,
+            "layers": list(plan.layers),
+            "graphs": {name: contract.to_dict() for name, contract in graph_contracts(loaded.config).items()},
+        }
+
+    return write_folder(loaded, target, "onnx", plan.name, fill, overwrite=overwrite)
+
+
+def write_folder(
+    loaded: LoadedCheckpoint,
+    target: str | Path,
+    kind: str,
+    precision: str,
+    fill: Callable[[Path], dict[str, Any]],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """What every package has, around what its kind has.
+
+    Args:
+        fill: writes the kind's own files into a folder and returns what the manifest says about them.
+
+    Raises:
+        CheckpointError: the target exists, or the model cannot be exported.
+    """
     folder = Path(target)
     refuse_existing(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +117,9 @@ def write_package(
                 shutil.copyfile(loaded.folder / name, temporary / name)
         if loaded.knowledge_folder is not None:
             shutil.copytree(loaded.knowledge_folder, temporary / KNOWLEDGE)
-        write_graphs(loaded.config, Source(weights, plan.precision), temporary)
-        (temporary / MANIFEST).write_text(_json(_manifest(loaded, plan, temporary)), encoding="utf-8")
+        own = fill(temporary)
+        manifest = _manifest(loaded, temporary, {"kind": kind, "precision": precision}, own)
+        (temporary / MANIFEST).write_text(_json(manifest), encoding="utf-8")
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -139,23 +172,20 @@ def model_digest(files: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in sorted(files.items())).encode()).hexdigest()
 
 
-def _manifest(loaded: LoadedCheckpoint, plan: Plan, folder: Path) -> dict[str, Any]:
+def _manifest(loaded: LoadedCheckpoint, folder: Path, head: dict[str, str], own: dict[str, Any]) -> dict[str, Any]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "architecture": ARCHITECTURE,
-        "kind": "onnx",
-        "precision": plan.name,
+        **head,
         "model": {
             "sha256": model_digest(loaded.files),
             "files": loaded.files,
             "layout": loaded.layout,
             "embedder": loaded.embedder,
         },
-        "stored": plan.precision.stored,
-        "layers": list(plan.layers),
-        "graphs": {name: contract.to_dict() for name, contract in graph_contracts(loaded.config).items()},
+        **own,
         "files": {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
         },

@@ -6,6 +6,7 @@ that fails gets none, and loses an older one.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import json
 import platform
@@ -14,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rsvlm_infer import __version__
+from rsvlm_infer import __version__, hardware
+from rsvlm_infer.backends import load_backend
 from rsvlm_infer.backends.eager import EagerBackend
-from rsvlm_infer.backends.onnx import OnnxBackend
 from rsvlm_infer.bench.images import ImageSet, Sample, choose_images
 from rsvlm_infer.bench.output import write_atomically
 from rsvlm_infer.bench.quality import caption_quality, class_quality, classify_samples, retrieval_quality
 from rsvlm_infer.contract import CERTIFICATE, MANIFEST
 from rsvlm_infer.errors import InputError
+from rsvlm_infer.knowledge.store import KnowledgeBase
 from rsvlm_infer.models.checkpoint import sha256_of
 from rsvlm_infer.models.load import load_checkpoint
 from rsvlm_infer.models.package import Package
@@ -73,54 +75,94 @@ class Verdict:
         return not self.failures
 
 
-def verify_package(
-    package: str | Path,
-    checkpoint: str | Path,
-    data: Path,
-    *,
-    split: str = "test",
-    limit: int = 200,
-    seed: int = 0,
-    step: Callable[[str], None] = lambda line: None,
-) -> Verdict:
-    """Compares a package with the checkpoint that it was made from.
+@dataclass(frozen=True)
+class Measured:
+    """What a model says about the sample: metrics by name, and each image's greedy tokens."""
+
+    metrics: dict[str, float]
+    tokens: dict[str, list[int]]
+
+
+class Reference:
+    """The eager float32 model and a sample. What it says is measured once, for all packages of its checkpoint."""
+
+    def __init__(self, checkpoint: str | Path, data: Path, *, split: str = "test", limit: int = 200, seed: int = 0) -> None:
+        """
+        Args:
+            data: RSICD's folder, a folder of class folders, or plain images; what it is labelled with is measured.
+            limit, seed: a seeded sample of so many images.
+
+        Raises:
+            CheckpointError: a bad checkpoint. InputError: data without images.
+        """
+        self.images = choose_images(data, split=split, questions_per_image=0, seed=seed, fetch_rsvqa=Path).limited(limit, seed)
+        self.sample = {
+            "set": self.images.name,
+            "images": len(self.images.samples),
+            "split": split,
+            "seed": seed,
+            "digest": self.images.digest,
+        }
+        self._path = checkpoint
+        self._loaded = load_checkpoint(checkpoint)
+        folder = self._loaded.knowledge_folder
+        self.eager = EagerBackend(self._loaded.model, knowledge=None if folder is None else KnowledgeBase.load(folder))
+        self.measured: Measured | None = None
+
+    def require(self, package: Package) -> None:
+        """Raises InputError when a package was made from another checkpoint, or the sample cannot judge its precision."""
+        if model_digest(self._loaded.files) != package.manifest.get("model", {}).get("sha256"):
+            raise InputError(
+                f"--against must be the checkpoint that {package.path} was made from, {self._path} is another; export it again"
+            )
+        if package.precision in ("int8", "int4") and not any(item.captions or item.label for item in self.images.samples):
+            raise InputError(
+                f"--data must be labelled for {package.precision}, whose gates are metrics, {self.images.name} is not; pass RSICD's "
+                "folder or class folders"
+            )
+
+    def measure(self, step: Callable[[str], None]) -> Measured:
+        """Metrics and tokens of the checkpoint; the first call takes minutes, later ones nothing."""
+        if self.measured is None:
+            rsvlm = RSVLM(self.eager, Tokenizer.from_folder(self._loaded.folder))
+            self.measured = _measure(rsvlm, self.images, step, "checkpoint")
+        return self.measured
+
+
+def verify_package(package: str | Path, reference: Reference, *, step: Callable[[str], None] = lambda line: None) -> Verdict:
+    """Compares a package of any kind with the checkpoint that it was made from.
 
     Args:
-        data: RSICD's folder, a folder of class folders, or plain images; what it is labelled with is measured.
-        limit, seed: a seeded sample of so many images. step: takes one line of progress.
+        step: takes one line of progress.
 
     Raises:
-        CheckpointError: a damaged package or checkpoint. InputError: another checkpoint, or data without what the gates need.
+        CheckpointError: a damaged package. InputError: another checkpoint, or data without what the gates need.
     """
     opened = Package.open(package)
-    images = choose_images(data, split=split, questions_per_image=0, seed=seed, fetch_rsvqa=Path).limited(limit, seed)
-    _require_labels(opened.precision, images)
-    loaded = load_checkpoint(checkpoint)
-    if model_digest(loaded.files) != opened.manifest["model"]["sha256"]:
-        raise InputError(
-            f"--against must be the checkpoint that {opened.path} was made from, {checkpoint} is another; export it again"
-        )
-    backend = OnnxBackend.load(opened.path)
-    eager = EagerBackend(loaded.model, knowledge=backend.knowledge)
+    reference.require(opened)
+    backend = load_backend(opened.path)
     step("comparing graphs")
-    paths = [sample.path for sample in images.samples]
-    comparison = compare_graphs(opened, eager, backend, paths[:GRAPH_IMAGES], step)
-    tokenizer = Tokenizer.from_folder(opened.path)
-    reference = _measure(RSVLM(eager, tokenizer), images, step, "checkpoint")
-    own = _measure(RSVLM(backend, tokenizer), images, step, "package")
-    metrics = {name: (reference.metrics[name], own.metrics[name]) for name in METRICS if name in reference.metrics}
-    sample = {"set": images.name, "images": len(images.samples), "split": split, "seed": seed, "digest": images.digest}
-    verdict = Verdict(opened.precision, comparison.graphs, _agreement(reference.tokens, own.tokens), metrics, sample)
-    return Verdict(**{**vars(verdict), "gates": tuple(gates(verdict))})
+    paths = [sample.path for sample in reference.images.samples]
+    comparison = compare_graphs(opened, reference.eager, backend, paths[:GRAPH_IMAGES], step)  # type: ignore[arg-type]
+    expected = reference.measure(step)
+    own = _measure(RSVLM(backend, Tokenizer.from_folder(opened.path)), reference.images, step, "package")
+    metrics = {name: (expected.metrics[name], own.metrics[name]) for name in METRICS if name in expected.metrics}
+    greedy = _agreement(expected.tokens, own.tokens)
+    verdict = Verdict(opened.precision, comparison.graphs, greedy, metrics, reference.sample)
+    return dataclasses.replace(verdict, gates=tuple(gates(verdict)))
 
 
 def gates(verdict: Verdict) -> list[Gate]:
     """The conditions of a precision."""
     if verdict.precision == "fp32":
-        return [
+        found = [
             Gate(f"relative error of {name}", error.relative, FP32_RELATIVE, error.relative <= FP32_RELATIVE)
             for name, error in verdict.graphs.items()
         ]
+        if verdict.greedy:
+            differ = verdict.greedy["images"] - verdict.greedy["same"]
+            found.append(Gate("number of greedy captions that differ", differ, 0, differ == 0))
+        return found
     if verdict.precision in ("fp16", "bf16"):
         return [
             Gate(f"cosine of {name}", error.cosine, HALF_COSINE, error.cosine >= HALF_COSINE)
@@ -135,7 +177,7 @@ def gates(verdict: Verdict) -> list[Gate]:
 
 def certificate(verdict: Verdict, package: Path, *, forced: bool) -> dict[str, Any]:
     """The values of the file."""
-    opened = Package.open(package)
+    opened, machine = Package.open(package), hardware.probe()
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -143,7 +185,11 @@ def certificate(verdict: Verdict, package: Path, *, forced: bool) -> dict[str, A
         "forced": forced,
         "failures": verdict.failures,
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "kind": opened.kind,
         "precision": verdict.precision,
+        "finer_layers": {
+            layer["name"]: layer["kept"] for layer in opened.manifest.get("layers", ()) if layer["kept"] != layer["asked"]
+        },
         "manifest_sha256": sha256_of(opened.path / MANIFEST),
         "model_sha256": opened.manifest["model"]["sha256"],
         "sample": verdict.sample,
@@ -162,7 +208,7 @@ def certificate(verdict: Verdict, package: Path, *, forced: bool) -> dict[str, A
             for gate in verdict.gates
         ],
         "software": {**opened.manifest.get("software", {}), "rsvlm_infer": __version__},
-        "machine": f"{platform.system()} {platform.machine()}",
+        "machine": f"{platform.system()} {platform.machine()}, {machine.cpu}",
     }
 
 
@@ -178,13 +224,7 @@ def write_certificate(verdict: Verdict, package: str | Path, *, force: bool = Fa
     return file
 
 
-@dataclass(frozen=True)
-class _Measured:
-    metrics: dict[str, float]
-    tokens: dict[str, list[int]]
-
-
-def _measure(model: RSVLM, images: ImageSet, step: Callable[[str], None], who: str) -> _Measured:
+def _measure(model: RSVLM, images: ImageSet, step: Callable[[str], None], who: str) -> Measured:
     """Captions, classes and recalls as the bench measures them, as far as model and labels allow."""
     metrics: dict[str, float] = {}
     tokens: dict[str, list[int]] = {}
@@ -204,7 +244,7 @@ def _measure(model: RSVLM, images: ImageSet, step: Callable[[str], None], who: s
     if model.config.alignment is not None:
         step(f"recalls of the {who}")
         metrics |= retrieval_quality(model, samples, {}, lambda: None)
-    return _Measured(metrics, tokens)
+    return Measured(metrics, tokens)
 
 
 def _agreement(reference: dict[str, list[int]], own: dict[str, list[int]]) -> dict[str, Any]:
@@ -220,6 +260,7 @@ def _agreement(reference: dict[str, list[int]], own: dict[str, list[int]]) -> di
     equal = sum(own[name] == expected for name, expected in reference.items())
     return {
         "images": len(reference),
+        "same": equal,
         "same_tokens": round(equal / len(reference), 4),
         "token_prefix": round(sum(shares) / len(shares), 4),
     }
@@ -227,14 +268,6 @@ def _agreement(reference: dict[str, list[int]], own: dict[str, list[int]]) -> di
 
 def _labelled(samples: Sequence[Sample]) -> bool:
     return any(sample.label is not None for sample in samples)
-
-
-def _require_labels(precision: str, images: ImageSet) -> None:
-    """Integers are judged by what the model says, so there must be a truth to compare with."""
-    if precision in ("int8", "int4") and not any(sample.captions or sample.label for sample in images.samples):
-        raise InputError(
-            f"--data must be labelled for {precision}, whose gates are metrics, {images.name} is not; pass RSICD's folder or class folders"
-        )
 
 
 def report_lines(verdict: Verdict) -> list[str]:

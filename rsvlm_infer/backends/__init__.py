@@ -8,11 +8,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..contract import PRECISIONS
+from ..contract import KIND_PRECISIONS
 from ..errors import BackendError, MissingDependencyError
 from ..hardware import native_why_not
-from ..models.native_package import is_native_package, read_manifest
-from ..models.package import Package, is_package
+from ..models.package import package_kind, read_manifest
 from .base import Backend, DraftingBackend, Embeddings, GreedyBackend, ImageFeatures, Prompt, Query
 
 __all__ = [
@@ -35,10 +34,10 @@ _log = logging.getLogger(__name__)
 # Backend -> precisions, in order of preference. Preference is data; capability is why_not().
 BACKENDS: dict[str, tuple[str, ...]] = {
     "eager": ("float32", "bfloat16", "float16"),
-    "native": ("fp32", "bf16", "int8", "int4"),  # of the package that it reads; "auto" takes it for one
+    "native": KIND_PRECISIONS["native"],  # of the package that it reads; "auto" takes it for one
     # after eager, so "auto" does not choose it: no GPU has run it yet; int8 and int4: weights of the language model's layers
     "cuda": ("bfloat16", "float16", "float32", "int8", "int4"),
-    "onnx": PRECISIONS,  # reads exported packages, which nothing else does; the package decides its precision
+    "onnx": KIND_PRECISIONS["onnx"],  # reads exported packages, which nothing else does; the package decides its precision
 }
 
 
@@ -83,10 +82,9 @@ def choose_backend(path: str | Path) -> BackendChoice:
     A package runs on the backend that it was made for; a checkpoint on eager, whose arithmetic is what the others are held to. Nothing
     is measured, and no package that lies near a checkpoint is taken in its place; see docs/adr/0010-*.md.
     """
-    if is_native_package(path):
-        return BackendChoice("native", "the folder is a package for it")
-    if is_package(path):
-        return BackendChoice("onnx", "the folder is a package for it")
+    kind = package_kind(path)
+    if kind is not None:
+        return BackendChoice(kind, "the folder is a package for it")
     first = next(iter(BACKENDS))
     return BackendChoice(
         first, "the folder is a checkpoint, which runs on the reference; `rsvlm export` makes faster packages of it"
@@ -110,7 +108,7 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
         BackendError: an unknown backend or precision, or one that does not read this kind of folder. MissingDependencyError: none can
             run here. CheckpointError: a bad folder.
     """
-    reader = "native" if is_native_package(path) else "onnx" if is_package(path) else None
+    reader = package_kind(path)  # a kind has the name of the backend that reads it
     chosen = name
     if name == "auto":
         choice = choose_backend(path)
@@ -142,7 +140,7 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
 
 
 def _load_package(path: Path, name: str, precision: str) -> Backend:
-    own = read_manifest(path)["precision"] if name == "native" else Package.open(path).precision
+    own = read_manifest(path)["precision"]
     if precision not in ("auto", own):
         raise BackendError(
             f'precision of this package is {own}, asked was {precision!r}; use "auto", or export it with --precision {precision}'

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import LEVELS, RsvlmConfig
+from ..contract import tap_names
 from ..errors import BackendError, InputError
 from ..imagery.pack import PackedScene
 from ..imagery.plan import anyres_kept_window
@@ -156,6 +157,45 @@ class NativeBackend:
         while len(self._levels) > 1 and sum(item.nbytes for item in self._levels.values()) > KEPT_STATE_BYTES:
             self._levels.popitem(last=False)
         return levels
+
+    # Stages of `encode` one by one, as `OnnxBackend` has them: `rsvlm verify` gives each the reference's own inputs.
+
+    def encode_tiles(self, scenes: Sequence[PackedScene]) -> list[dict[str, F32]]:
+        """Each scene's taps [S, Dv], and class tokens [T, Dv] where the family has them."""
+        found = []
+        for scene in scenes:
+            levels = self._encode_levels(scene)
+            taps = dict(zip(tap_names(), levels.taps, strict=True))
+            found.append(taps | ({"class_tokens": levels.class_tokens[2]} if self.config.vision.class_token else {}))
+        return found
+
+    def align(self, taps: dict[str, F32], scene: PackedScene) -> Embeddings | None:
+        """Taps of one scene -> its embeddings; None without alignment."""
+        return self._align(self._named_levels(taps), scene)
+
+    def find_cues(self, embeddings: Embeddings | None, query: Query | None) -> tuple[Any, tuple[str, ...]]:
+        """What `bridge` takes, and the cues' texts."""
+        cues, texts = self._find_cues(embeddings, query)
+        return (cues, query), texts
+
+    def bridge(self, taps: dict[str, F32], scene: PackedScene, cues: Any) -> F32 | None:
+        """[Nv, Dl]: base tile, then leaves in raster order; None without a projector."""
+        vectors, query = cues
+        return None if self.config.projector is None else self._visual_tokens(self._named_levels(taps), vectors, query, scene)
+
+    def embed_words(self, ids: npt.NDArray[Any]) -> F32:
+        """[n] -> [n, Dl]."""
+        embedded: F32 = self._language().embed(token_ids=np.asarray(ids, np.int32))
+        return embedded
+
+    def features_of(self, tokens: F32) -> ImageFeatures:
+        """Visual tokens [Nv, Dl] that were made elsewhere, for a prompt."""
+        return ImageFeatures(_Handle(np.ascontiguousarray(tokens, np.float32), None), len(tokens))
+
+    @staticmethod
+    def _named_levels(taps: dict[str, F32]) -> _Levels:
+        tokens = taps.get("class_tokens", np.zeros((0, taps[tap_names()[0]].shape[1]), np.float32))
+        return _Levels([np.ascontiguousarray(taps[name], np.float32) for name in tap_names()], [tokens] * len(LEVELS))
 
     def _grid_positions(self, rows: int, columns: int) -> F32:
         if (rows, columns) not in self._positions:

@@ -246,6 +246,10 @@ class OnnxBackend:
         """[n] -> [n, Dl]."""
         return self._run(WORD_EMBED, {"token_ids": ids.astype(np.int64)})["embeddings"]
 
+    def features_of(self, tokens: F32) -> ImageFeatures:
+        """Visual tokens [Nv, Dl] that were made elsewhere, for a prompt."""
+        return ImageFeatures(OnnxHandle(tokens, None), len(tokens))
+
     def decode(self, cache: OnnxCache, token_ids: npt.NDArray[np.int32]) -> F32:
         """One token per row -> logits [B, V]; see `Backend.decode`. The cache is written in place, never copied."""
         if int(cache.lengths.max()) >= cache.capacity:

@@ -18,7 +18,6 @@ from rich.text import Text
 from ..backends import BACKENDS
 from ..errors import InputError, MissingDependencyError, RsvlmError
 from ..models.load import embedder_digest
-from ..models.native_package import is_native_package
 from ..models.package import is_package
 from ..pipeline import default_checkpoint
 from .accuracy import measure_accuracy
@@ -208,7 +207,7 @@ def _run_bench(options: argparse.Namespace, arguments: Sequence[str], rules: lis
 def _plan(options: argparse.Namespace, work: Workload) -> tuple[list[RowPlan], list[str]]:
     """The rows of a run, and what makes packages hard to compare with the checkpoint."""
     packages = [package_choice(folder) for folder in options.package]
-    packaged = is_package(work.checkpoint) or is_native_package(work.checkpoint)
+    packaged = is_package(work.checkpoint)
     if packaged:  # it has one precision, its own, and runs on one backend
         packages.insert(0, package_choice(Path(work.checkpoint)))
     asked = options.backend or options.precision or not packages

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import InputError
-from ..models.native_package import is_native_package, package_embedder, read_manifest
 from ..models.package import Package, is_package
 from .measure import Workload
 from .schema import BASELINE, SCENARIOS, Row, Scenario
@@ -54,13 +53,10 @@ def package_choice(folder: Path) -> ModelChoice:
     Raises:
         InputError: no package. CheckpointError: a damaged or newer one.
     """
-    if is_native_package(folder):
-        manifest = read_manifest(folder)
-        return ModelChoice("native", manifest["precision"], str(folder), embedder=package_embedder(manifest))
-    if is_package(folder):
-        package = Package.open(folder)
-        return ModelChoice("onnx", package.precision, str(folder), embedder=package.embedder)
-    raise InputError(f"--package must name an exported package, got {str(folder)!r}; make one with `rsvlm export`")
+    if not is_package(folder):
+        raise InputError(f"--package must name an exported package, got {str(folder)!r}; make one with `rsvlm export`")
+    package = Package.open(folder)
+    return ModelChoice(package.kind, package.precision, str(folder), embedder=package.embedder)
 
 
 def choose_models(

@@ -10,7 +10,7 @@ import typer
 
 from ..contract import PRECISIONS
 from ..errors import InputError, MissingDependencyError
-from ..models.package import is_package
+from ..models.package import Package, is_package
 from ..pipeline import default_checkpoint
 from . import options as opt
 from .console import EXIT_ERROR, EXIT_OK, terminal
@@ -27,7 +27,7 @@ def export(
     precision: Annotated[str, typer.Option("--precision", help=f"One of {', '.join(PRECISIONS)}.")] = "fp32",
     calibrate: Annotated[
         Path | None,
-        typer.Option("--calibrate", help="An image or a folder of images of the kind to be seen, for int8 and int4."),
+        typer.Option("--calibrate", help="An image or a folder of images of the kind to be seen, for int4, and int8 of onnx."),
     ] = None,
     calibration_images: Annotated[int, typer.Option("--calibration-images", min=1, help="How many of them to use.")] = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing package.")] = False,
@@ -53,10 +53,12 @@ def export(
 
 
 def verify(
-    package: Annotated[Path, typer.Argument(metavar="PACKAGE", help="Folder of the package.")],
+    packages: Annotated[
+        list[Path], typer.Argument(metavar="PACKAGE...", help="Folders of packages, of one checkpoint and of any kind.")
+    ],
     against: Annotated[
         Path | None,
-        typer.Option("--against", help="The checkpoint that it was made from; default is the one `rsvlm pull` makes."),
+        typer.Option("--against", help="The checkpoint that they were made from; default is the one `rsvlm pull` makes."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Images to compare on: RSICD's folder, class folders, or plain images.")
@@ -69,17 +71,24 @@ def verify(
     force: Annotated[bool, typer.Option("--force", help="Write the certificate although a gate fails; it says so.")] = False,
     output_format: opt.OutputFormat = opt.Format.text,
 ) -> int:
-    """Prove a package against its checkpoint, graph by graph and by what it says, and write its certificate."""
+    """Prove packages against their checkpoint, graph by graph and by what they say, and write a certificate into each."""
     if data is None:
         raise InputError("--data must name images to compare on, got none; write rsvlm verify PACKAGE --data FOLDER")
-    if not is_package(package.expanduser()):
-        raise InputError(f"{package} is no exported package; write one with `rsvlm export`")
+    folders = [package.expanduser() for package in packages]
+    for folder in folders:
+        if not is_package(folder):
+            raise InputError(f"{folder} is no exported package; write one with `rsvlm export`")
     proof = _load("verify")
-    folder = package.expanduser()
-    with terminal.working("verifying"):
-        verdict = proof.verify_package(
-            folder, _checkpoint(against), data.expanduser(), split=split, limit=limit, seed=seed, step=terminal.note
-        )
+    reference = proof.Reference(_checkpoint(against), data.expanduser(), split=split, limit=limit, seed=seed)
+    for folder in folders:  # before minutes are spent
+        reference.require(Package.open(folder))
+    codes = [_verify(proof, folder, reference, force, output_format) for folder in folders]
+    return max(codes)
+
+
+def _verify(proof: Any, folder: Path, reference: Any, force: bool, output_format: opt.Format) -> int:
+    with terminal.working(f"verifying {folder.name}"):
+        verdict = proof.verify_package(folder, reference, step=terminal.note)
     written = proof.write_certificate(verdict, folder, force=force)
     if output_format is opt.Format.json:
         terminal.json(proof.certificate(verdict, folder, forced=force and not verdict.passed))

@@ -14,7 +14,6 @@ from ..errors import CheckpointError
 from ..models.checkpoint import DELTA_FILE, CheckpointFolder, sha256_of
 from ..models.layouts import detect_layout
 from ..models.load import read_config
-from ..models.native_package import NativePackage, is_native_package
 from ..models.package import Package, is_package
 from ..pipeline import DEFAULT_NAME, default_checkpoint
 
@@ -116,7 +115,8 @@ def _package_report(package: Package) -> Report:
         f"size        {_size(total)}",
         f"certificate {_certificate_line(package)}",
     ]
-    lines += ["", "graphs", *(f"  {name}" for name in manifest["graphs"])]
+    if "graphs" in manifest:
+        lines += ["", "graphs", *(f"  {name}" for name in manifest["graphs"])]
     if finer:
         lines += ["", "layers kept finer", *(f"  {layer['name']:<24} {layer['kept']}" for layer in finer)]
     lines += _parts_and_files(parts, files)
@@ -153,17 +153,10 @@ def _certificate_line(package: Package) -> str:
 
 
 def _damages(folder: CheckpointFolder, hashes: dict[str, str]) -> list[str]:
-    """What `delta.json` (or a package's manifest) says and the files do not, a line each; `hashes` is sha256 by file. Empty when
-    there is neither.
+    """What `delta.json` says and the files do not, a line each; `hashes` is sha256 by file. Empty when there is none.
 
     The file is read here by hand, because `CheckpointFolder.delta` stops at the first missing file.
     """
-    if is_native_package(folder.path):
-        try:
-            NativePackage.open(folder.path)
-        except CheckpointError as error:
-            return [str(error)]
-        return []
     values = folder.read_json(DELTA_FILE)
     if values is None:
         return []

@@ -18,7 +18,6 @@ from ..errors import CheckpointError, MissingDependencyError
 from .checkpoint import CheckpointFolder, open_weights, sha256_of
 from .layouts import detect_layout
 from .layouts.base import Weights
-from .native_package import is_native_package, package_embedder, read_manifest
 from .package import Package, is_package
 from .weight_tables import RSVLM, Assignment, Rule, assign
 
@@ -78,8 +77,6 @@ def embedder_digest(path: str | Path) -> str:
     """
     if is_package(path):
         return Package.open(path).embedder
-    if is_native_package(path):  # it embeds like the checkpoint that it was made from
-        return package_embedder(read_manifest(Path(path)))
     folder = CheckpointFolder.open(path)
     layout = detect_layout(folder)
     config = layout.config(folder)

@@ -1,10 +1,15 @@
-"""The exported package as files: is it one, is it whole, does this version read it. Knows no runtime and no torch."""
+"""The exported package as files: of which kind, is it whole, does this version read it. Knows no runtime and no torch.
+
+Every kind has the same manifest and is refused by the same code, in one line: foreign, newer, incomplete or changed.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 from ..config import RsvlmConfig
 from ..contract import (
@@ -13,23 +18,35 @@ from ..contract import (
     CONFIG,
     FORMAT,
     FORMAT_VERSION,
+    KIND_PRECISIONS,
     KINDS,
     KNOWLEDGE,
     MANIFEST,
-    PRECISIONS,
+    NATIVE_WEIGHTS,
     graph_contracts,
 )
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from .checkpoint import sha256_of
-from .native_package import AGAIN, is_native_package, problem, read_json
+
+MAX_JSON_BYTES = 16 << 20
+AGAIN = "export it again with `rsvlm export`, or copy the whole folder again"
 
 
 def is_package(path: str | Path) -> bool:
-    """Whether a folder is an exported package of graphs, rather than a checkpoint or a package for the native backend."""
-    return (Path(path) / MANIFEST).is_file() and not is_native_package(path)
+    """Whether a folder is an exported package, of any kind and perhaps damaged, rather than a checkpoint."""
+    return (Path(path) / MANIFEST).is_file()
 
 
-@dataclass(frozen=True)
+def package_kind(path: str | Path) -> str | None:
+    """Which kind of package a folder is; None for a checkpoint.
+
+    Raises:
+        CheckpointError: a package whose manifest this version does not read.
+    """
+    return str(read_manifest(Path(path))["kind"]) if is_package(path) else None
+
+
+@dataclass(frozen=True, eq=False)
 class Package:
     """A package whose manifest this version reads, and whose files all exist with the right number of bytes."""
 
@@ -38,43 +55,18 @@ class Package:
     config: RsvlmConfig
 
     @classmethod
-    def open(cls, path: str | Path) -> Package:
+    def open(cls, path: str | Path) -> Self:
         """Checks everything but the content of the files; see `verify`.
 
         Raises:
             CheckpointError: no package, a foreign or newer one, or a file that is missing or cut.
         """
-        folder = Path(path)
-        values = read_json(folder / MANIFEST, "manifest")
-        if values.get("format") != FORMAT:
-            raise problem(
-                folder, f"manifest format must be {FORMAT!r}, got {values.get('format')!r}", "pass an exported package"
-            )
-        version = values.get("version")
-        if not isinstance(version, int) or version < 1:
-            raise problem(folder, f"manifest version must be a number from 1, got {version!r}", AGAIN)
-        if version > FORMAT_VERSION:
-            raise problem(
-                folder,
-                f"it has format version {version}, this rsvlm_infer reads up to {FORMAT_VERSION}",
-                "upgrade rsvlm_infer, or export it again with this version",
-            )
-        if values.get("architecture") != ARCHITECTURE or values.get("kind") not in KINDS:
-            raise problem(
-                folder,
-                f"architecture and kind must be {ARCHITECTURE!r} and one of {list(KINDS)}, got {values.get('architecture')!r} and "
-                f"{values.get('kind')!r}",
-                "use the program that this package was made for, or export one with `rsvlm export`",
-            )
-        if values.get("precision") not in PRECISIONS:
-            raise problem(folder, f"precision must be one of {list(PRECISIONS)}, got {values.get('precision')!r}", AGAIN)
-        _check_files(folder, values)
-        try:
-            config = RsvlmConfig.from_json(folder / CONFIG)
-        except ConfigError as error:
-            raise problem(folder, str(error), AGAIN) from None
-        _check_graphs(folder, values, config)
-        return cls(folder, values, config)
+        return cls(*read_package(Path(path)))
+
+    @property
+    def kind(self) -> str:
+        """ "onnx" or "native"."""
+        return str(self.manifest["kind"])
 
     @property
     def precision(self) -> str:
@@ -102,7 +94,7 @@ class Package:
         for name, expected in self.manifest["files"].items():
             digest = sha256_of(self.path / name)
             if digest != expected["sha256"]:
-                found.append(f"{name} has sha256 {digest[:12]}, the manifest says {expected['sha256'][:12]}")
+                found.append(f"{name} must have sha256 {expected['sha256'][:12]}, got {digest[:12]}")
         return found
 
     def verify(self) -> None:
@@ -116,35 +108,102 @@ class Package:
             raise problem(self.path, f"it is damaged: {'; '.join(found)}", AGAIN)
 
 
-def _check_files(folder: Path, values: dict[str, Any]) -> None:
-    files = values.get("files")
-    if not isinstance(files, dict) or CONFIG not in files:
-        raise problem(folder, f"manifest files must be an object that names {CONFIG}, got {type(files).__name__}", AGAIN)
-    problems = []
-    for name, entry in files.items():
-        place = PurePosixPath(name)
-        if place.is_absolute() or ".." in place.parts or "\\" in name:
-            problems.append(f"{name!r} lies outside of the package")
-        elif not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
-            problems.append(f"{name} has no bytes and sha256 in the manifest")
-        elif not (folder / name).is_file():
-            problems.append(f"{name} is missing")
-        elif (folder / name).stat().st_size != entry["bytes"]:
-            problems.append(f"{name} must have {entry['bytes']} bytes, it has {(folder / name).stat().st_size}")
+def read_package(folder: Path) -> tuple[Path, dict[str, Any], RsvlmConfig]:
+    """What `Package` holds: folder, checked manifest, config."""
+    values = read_manifest(folder)
+    problems = [damage for name, entry in values["files"].items() if (damage := _damage(folder, name, entry)) is not None]
     if problems:
         raise problem(folder, "; ".join(problems), AGAIN)
+    try:
+        config = RsvlmConfig.from_json(folder / CONFIG)
+    except ConfigError as error:
+        raise problem(folder, str(error), AGAIN) from None
+    if values["kind"] == "onnx":
+        _check_graphs(folder, values, config)
+    return folder, values, config
 
 
-def _check_graphs(folder: Path, values: dict[str, Any], config: RsvlmConfig) -> None:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, when this version can read such a package; the files themselves are not looked at.
+
+    Raises:
+        CheckpointError: no package, or a foreign or newer one.
+    """
+    values = read_json(folder / MANIFEST, "manifest")
+    foreign = "use the program that it was made for, or export one with `rsvlm export`"
+    for name, expected in (("format", FORMAT), ("architecture", ARCHITECTURE)):
+        if values.get(name) != expected:
+            raise problem(folder, f"manifest {name} must be {expected!r}, got {values.get(name)!r}", foreign)
+    version = values.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise problem(folder, f"manifest version must be a number from 1, got {version!r}", AGAIN)
+    if version > FORMAT_VERSION:
+        raise problem(
+            folder,
+            f"manifest version must be at most {FORMAT_VERSION}, got {version}",
+            "upgrade rsvlm-infer, or export it again with this version",
+        )
+    kind, precision, files = values.get("kind"), values.get("precision"), values.get("files")
+    if kind not in KINDS:
+        raise problem(folder, f"manifest kind must be one of {list(KINDS)}, got {kind!r}", foreign)
+    if precision not in KIND_PRECISIONS[kind]:
+        raise problem(folder, f"manifest precision must be one of {list(KIND_PRECISIONS[kind])}, got {precision!r}", AGAIN)
+    needed = {CONFIG} if kind == "onnx" else {CONFIG, NATIVE_WEIGHTS}
+    if not isinstance(files, dict) or not needed <= set(files):
+        raise problem(folder, f"manifest files must be an object that names {sorted(needed)}, got {_named(files)}", AGAIN)
+    return values
+
+
+def _named(files: Any) -> Any:
+    return sorted(files) if isinstance(files, dict) else type(files).__name__
+
+
+def _damage(folder: Path, name: str, entry: Any) -> str | None:
+    """What is wrong with one file of the manifest, its content aside, in a few words."""
+    place = PurePosixPath(name)
+    if place.is_absolute() or ".." in place.parts or "\\" in name:
+        return f"{name!r} must lie inside of the package"
+    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
+        return f"{name} must have bytes and sha256 in the manifest, got {entry!r}"
+    file = folder / name
+    if not file.is_file():
+        return f"{name} must exist, it is missing"
+    found = file.stat().st_size
+    return None if found == entry["bytes"] else f"{name} must have {entry['bytes']} bytes, got {found}"
+
+
+def _check_graphs(folder: Path, values: Mapping[str, Any], config: RsvlmConfig) -> None:
     """The manifest's graphs are those that this version expects for the config, input by input."""
     expected = {name: graph.to_dict() for name, graph in graph_contracts(config).items()}
     found = values.get("graphs")
     if not isinstance(found, dict) or set(found) != set(expected):
-        names = sorted(found) if isinstance(found, dict) else found
-        raise problem(folder, f"graphs must be {sorted(expected)} for its config, got {names}", AGAIN)
+        raise problem(folder, f"graphs must be {sorted(expected)} for its config, got {_named(found)}", AGAIN)
     wrong = [name for name in expected if found[name] != expected[name]]
     if wrong:
         raise problem(folder, f"inputs or outputs of the graphs {wrong} are not those of its config", AGAIN)
     unlisted = [entry["file"] for entry in expected.values() if entry["file"] not in values["files"]]
     if unlisted:
         raise problem(folder, f"manifest files must name {unlisted}", AGAIN)
+
+
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    """A small JSON object of a package; `what` it is goes into messages.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no object.
+    """
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES >> 20} MiB")
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{what} {file} must be a JSON object, it cannot be read ({reason}); {AGAIN}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{what} {file} must be a JSON object, got {type(values).__name__}; {AGAIN}")
+    return values
+
+
+def problem(folder: Path, reason: str, step: str) -> CheckpointError:
+    """The error that says what is wrong with a package and what to do."""
+    return CheckpointError(f"package {folder}: {reason}; {step}")

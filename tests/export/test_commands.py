@@ -109,7 +109,7 @@ def test_export_command_and_info(pair: Get, tmp_path: Path, capsys: pytest.Captu
     code, out, err = run(capsys, "info", str(target))
     assert (code, "damaged: vision.weights" in out, err.count("\n")) == (1, True, 1)
     code, _, err = run(capsys, "caption", "x.png", "-c", str(target))
-    assert (code, "vision.weights has sha256" in err) == (1, True)
+    assert (code, "vision.weights must have sha256" in err) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rsvlm_infer.errors import BackendError, CheckpointError, InputError, RsvlmE
 from rsvlm_infer.models.load import embedder_digest, load_checkpoint, read_config
 from rsvlm_infer.models.package import Package, is_package
 from tests.export.packages import CONFIGS, Pair, export_checkpoint, flip_byte, packed, prompt, random_model, save_checkpoint
+from tests.native import needs_native
 
 Get = Callable[..., Pair]
 
@@ -100,26 +101,55 @@ def test_a_tied_table_is_stored_once(pair: Get) -> None:
 
 def test_a_flipped_byte_is_refused(package: Path) -> None:
     flip_byte(package / "language.weights")
-    _refused(package, "language.weights has sha256", "export it again")
+    _refused(package, "language.weights must have sha256", "export it again")
 
 
 def test_a_missing_a_cut_and_a_foreign_file_are_refused(package: Path) -> None:
     (package / "vision.onnx").unlink()
     (package / "config.json").write_text("{}")
     _edit(package, lambda values: values["files"].update({"../secret": {"bytes": 1, "sha256": "0"}}))
-    _refused(package, "vision.onnx is missing", "config.json must have", "lies outside")
+    _refused(package, "vision.onnx must exist", "config.json must have", "must lie inside")
 
 
 def test_a_newer_format_and_a_foreign_architecture_are_refused(package: Path) -> None:
     kept = (package / "manifest.json").read_text()
     _edit(package, lambda values: values.update(version=FORMAT_VERSION + 1))
-    _refused(package, f"format version {FORMAT_VERSION + 1}", "upgrade rsvlm_infer")
+    _refused(package, f"must be at most {FORMAT_VERSION}, got {FORMAT_VERSION + 1}", "upgrade rsvlm-infer")
     for change in ({"architecture": "mamba"}, {"kind": "coreml"}, {"format": "zip"}, {"version": "1"}, {"precision": "fp3"}):
         (package / "manifest.json").write_text(kept)
         _edit(package, lambda values, change=change: values.update(change))  # type: ignore[misc]
         _refused(package, f"{next(iter(change.values()))!r}")
     (package / "manifest.json").write_text("{")
     _refused(package, "JSON object")
+
+
+@needs_native
+def test_both_kinds_are_refused_in_the_same_words(pair: Get, tmp_path: Path) -> None:
+    made = pair("full")
+    folders = {"onnx": made.package, "native": export_checkpoint(made.checkpoint, tmp_path / "native", format="native")}
+    manifests = {kind: Package.open(folder).manifest for kind, folder in folders.items()}
+    assert [manifest["kind"] for manifest in manifests.values()] == list(folders)
+    assert manifests["onnx"]["model"] == manifests["native"]["model"]
+    changes: list[Callable[[Path], object]] = [
+        lambda folder: _edit(folder, lambda values: values.update(version=FORMAT_VERSION + 1)),
+        lambda folder: _edit(folder, lambda values: values.update(architecture="mamba")),
+        lambda folder: _edit(folder, lambda values: values.update(format="gguf")),
+        lambda folder: _edit(folder, lambda values: values.update(kind="coreml")),
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "config.json").write_text("{}"),
+        lambda folder: flip_byte(folder / "tokenizer.json"),
+        lambda folder: (folder / "manifest.json").write_text("[]"),
+    ]
+    for index, change in enumerate(changes):
+        said = set()
+        for kind, folder in folders.items():
+            damaged = Path(shutil.copytree(folder, tmp_path / f"{kind}{index}"))
+            change(damaged)
+            with pytest.raises(CheckpointError) as caught:
+                load_backend(damaged)
+            said.add(str(caught.value).replace(str(damaged), "PACKAGE"))
+        assert len(said) == 1
+        assert "\n" not in said.pop()
 
 
 def test_graphs_of_another_config_are_refused(package: Path) -> None:

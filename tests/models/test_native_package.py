@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from rsvlm_infer.errors import CheckpointError
-from rsvlm_infer.models.native_package import NativePackage, is_native_package, map_weights, write_weights
+from rsvlm_infer.models.native_package import NativePackage, map_weights, write_weights
+from rsvlm_infer.models.package import is_package
 from tests.conftest import REPOSITORY
 from tests.native import needs_native
 
@@ -65,12 +66,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: _edit_manifest(p, lambda m: m.update(architecture="bert")),
         "architecture must be 'rsvlm', got 'bert'",
     ),
+    "a foreign kind": (lambda p: _edit_manifest(p, lambda m: m.update(kind="coreml")), "kind must be one of .*, got 'coreml'"),
+    "a precision of another kind": (
+        lambda p: _edit_manifest(p, lambda m: m.update(precision="fp16")),
+        "precision must be one of .*, got 'fp16'",
+    ),
     "an unknown precision": (lambda p: _edit_manifest(p, lambda m: m.update(precision="int2")), "precision must be one of"),
     "a file outside": (
         lambda p: _edit_manifest(p, lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}})),
         "must lie inside of the package",
     ),
-    "no list of files": (lambda p: _edit_manifest(p, lambda m: m.update(files={})), "manifest files must name"),
+    "no list of files": (
+        lambda p: _edit_manifest(p, lambda m: m.update(files={})),
+        "manifest files must be an object that names",
+    ),
     "no JSON": (lambda p: (p / "manifest.json").write_text("{"), "manifest .* must be a JSON object"),
 }
 
@@ -85,7 +94,7 @@ def test_damage_is_refused_in_one_line(package: Path, damage: str) -> None:
     NativePackage.open(package)
     change, message = DAMAGES[damage]
     change(package)
-    assert is_native_package(package)
+    assert is_package(package)
     with pytest.raises(CheckpointError, match=message) as caught:
         NativePackage.open(package)
     assert "\n" not in str(caught.value)
@@ -154,17 +163,17 @@ def test_an_embedding_row_is_the_rounded_weight() -> None:
 
 
 def test_int4_scales_leave_less_error_than_the_largest_weight_asks_for() -> None:
-    from rsvlm_export.native import _fit_int4
+    from rsvlm_export.native import _nearest_int4
 
     weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
     weight[3, 32:64] = 0
-    fitted = _fit_int4(weight)
+    fitted = _nearest_int4(weight)
     assert fitted.shape == (40, 96)
     error = (dequantise(fitted) - weight).square().sum()
     assert error < 0.9 * (dequantise(pack_weight(weight, "int4")) - weight).square().sum()
     assert dequantise(fitted)[3, 32:64].abs().sum() == 0
     with pytest.raises(CheckpointError, match="must be finite"):
-        _fit_int4(torch.full((1, 32), torch.inf))
+        _nearest_int4(torch.full((1, 32), torch.inf))
 
 
 def test_export_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,200 @@
+"""int4 of a native package: codes fitted to the rounded layers before, measured on held-out answers, finer where they do damage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.export.packages import SPEAKING, random_knowledge, random_model, save_checkpoint, torch, write_tokenizer
+from tests.native import needs_native
+
+from rsvlm_export import export as exporting  # isort: skip
+from rsvlm_export.export import export_checkpoint
+from rsvlm_export.layerwise import CalibrationText, RoundedLanguage, parameters_of, round_language
+from rsvlm_export.native import LanguagePlan, lay_out
+from rsvlm_export.rounding import block_values, relative_error, round_blocks
+from rsvlm_infer import RSVLM
+from rsvlm_infer.config import RsvlmConfig
+from rsvlm_infer.errors import InputError
+from rsvlm_infer.layers.language_model import LanguageModel
+from rsvlm_infer.models.native_package import NativePackage
+from rsvlm_infer.ops.weight_matmul import dequantise, pack_weight
+
+CONFIG = dataclasses.replace(
+    SPEAKING,
+    language=dataclasses.replace(SPEAKING.language, hidden_size=64, num_layers=3),  # type: ignore[type-var]
+)
+FIRST = "language_model.layers.0."
+
+
+def _language(config: RsvlmConfig = CONFIG, seed: int = 0) -> LanguageModel:
+    language = random_model(config, seed).language_model
+    assert language is not None
+    return language
+
+
+def _texts(count: int = 24, length: int = 40) -> list[CalibrationText]:
+    """Rows whose entries go together, as embeddings do; every fourth is held out, the second half of each is an answer."""
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(8, 64))
+    found = []
+    for index in range(count):
+        rows = rng.normal(size=(length + index % 3, 8)) @ mixing + 0.3 * rng.normal(size=(length + index % 3, 64))
+        found.append(CalibrationText(rows.astype(np.float32), length // 2, index % 4 == 3))
+    return found
+
+
+def _nearest(model: LanguageModel, texts: list[CalibrationText]) -> float:
+    """The divergence of nearest int4 codes, written out once more."""
+    twin = _language()
+    for layer in twin.layers:
+        for value in layer.parameters():
+            if value.ndim == 2:
+                codes = round_blocks(value.numpy(), 4, symmetric=True)
+                value.copy_(torch.from_numpy(block_values(codes, value.shape[1])))
+    table = dequantise(pack_weight(model.embed_tokens.weight, "int8"))
+    total, count = 0.0, 0
+    for text in texts:
+        if text.held_out:
+            x = torch.from_numpy(text.embeddings)[None]
+            positions = torch.arange(x.shape[1])[None]
+            exact = torch.log_softmax(model.logits(model(x, positions))[0, text.answer - 1 :], dim=1)
+            own = torch.log_softmax((twin(x, positions) @ table.T)[0, text.answer - 1 :], dim=1)
+            total += float((exact.exp() * (exact - own)).sum())
+            count += len(exact)
+    return total / count
+
+
+def test_fitted_codes_diverge_less_than_the_nearest_ones() -> None:
+    model, texts = _language(), _texts()
+    found = round_language(model, texts, limit=1e9)
+    assert set(found.kinds.values()) == {"int4", "int8"}
+    assert found.kinds["language_model.embed_tokens"] == "int8"
+    assert 0 < found.divergence < 0.7 * _nearest(model, texts)
+    for name, packed in found.packed.items():  # the twin is what the codes stand for
+        assert packed.kind == "int4"
+        value = found.twin.get_parameter(f"{name.removeprefix('language_model.')}.weight")
+        assert torch.equal(value, dequantise(packed))
+    assert not any(parameter.requires_grad for parameter in found.twin.parameters())
+
+
+def test_the_model_itself_stays_as_it_was() -> None:
+    model = _language()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    round_language(model, _texts(8), limit=1e9)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def _numel(model: LanguageModel, name: str) -> int:
+    return model.get_parameter(f"{name.removeprefix('language_model.')}.weight").numel()
+
+
+def test_what_does_damage_becomes_int8_until_the_limit_holds() -> None:
+    model, texts = _language(), _texts()
+    coarse = round_language(model, texts, limit=1e9)
+    sizes = {name: sum(_numel(model, part) for part in parameters_of(name)) for name in coarse.damages}
+    heaviest = max(sizes, key=lambda name: coarse.damages[name] / sizes[name])
+    lines: list[str] = []
+    finer = round_language(model, texts, coarse.divergence * 0.5, lines.append)
+    assert finer.divergence <= coarse.divergence * 0.5
+    raised = {name for name, kind in finer.kinds.items() if kind == "int8"} - {"language_model.embed_tokens"}
+    assert heaviest in raised
+    assert len(raised) < len(coarse.damages)
+    assert all(finer.packed[part].kind == "int8" for name in raised for part in parameters_of(name))
+    assert sum("diverge" in line for line in lines) >= 2
+    exact = round_language(model, texts, limit=0.0)  # it ends, although nothing reaches zero
+    assert set(exact.kinds.values()) == {"int8"}
+    assert exact.divergence < 0.1 * coarse.divergence
+
+
+def test_matrices_without_whole_groups_stay_bf16() -> None:
+    language = dataclasses.replace(CONFIG.language, intermediate_size=72)  # type: ignore[type-var]
+    config = dataclasses.replace(CONFIG, language=language)
+    found = round_language(_language(config), _texts(8), limit=1e9)
+    assert f"{FIRST}mlp.down" not in found.kinds
+    assert found.kinds[f"{FIRST}mlp.gate_up"] == "int4"
+
+
+@needs_native
+def test_fitted_codes_reach_the_package() -> None:
+    """q, k and v are one matrix there, gates and ups take turns by blocks of 32 rows, and int8 and int4 stand side by side."""
+    from rsvlm_infer import _C
+
+    state = random_model(CONFIG).state_dict()
+    found = round_language(_language(), _texts(8), limit=1e9)
+    kinds = found.kinds | {f"{FIRST}mlp.down": "int8"}
+    packed = found.packed | {f"{FIRST}mlp.down": found.finer[f"{FIRST}mlp.down"]}
+    laid = lay_out(CONFIG, state, "int4", LanguagePlan(kinds, packed, {}))
+    assert {name: laid[name][0] for name in kinds} == kinds
+    twin = RoundedLanguage(found.twin, kinds).twin
+    twin.get_parameter("layers.0.mlp.down.weight").copy_(dequantise(packed[f"{FIRST}mlp.down"]))
+    language = CONFIG.language
+    assert language is not None
+    settings = {name: float(value) for name, value in dataclasses.asdict(language).items() if not isinstance(value, str)}
+    weights = {
+        name: (kind, rows, columns, np.ascontiguousarray(content).reshape(-1).view(np.uint8))
+        for name, (kind, rows, columns, content) in laid.items()
+    }
+    exponent = np.arange(language.head_dim // 2, dtype=np.float32) * 2 / language.head_dim
+    frequencies = (1 / language.rope_theta**exponent).astype(np.float32)
+    decoder = _C.NativeDecoder(weights=weights, settings=settings, frequencies=frequencies, cache="bfloat16")
+    x = _texts(1)[0].embeddings
+    cache = decoder.cache(rows=1, capacity=len(x))
+    states = decoder.prefill(
+        cache=cache,
+        rows=np.zeros(1, np.int64),
+        positions=np.zeros(1, np.int64),
+        lengths=np.array([len(x)], np.int64),
+        embeddings=x,
+    )
+    positions = torch.arange(len(x))[None]
+    with torch.no_grad():
+        expected = twin(torch.from_numpy(x)[None], positions)[0, -1].numpy()
+        exact = _language()(torch.from_numpy(x)[None], positions)[0, -1].numpy()
+    error = relative_error(states[0], expected)
+    assert error < 0.03  # products in bfloat16; a row in the wrong place gives 1
+    assert error < 0.5 * relative_error(states[0], exact)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for seed in range(6):
+        pixels = np.random.default_rng(seed).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+    return folder
+
+
+@needs_native
+def test_export_calibrates_and_writes_down_what_it_chose(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    knowledge = tmp_path / "entries"
+    random_knowledge().save(knowledge)
+    state, words = random_model(CONFIG).state_dict(), write_tokenizer(tmp_path / "words")
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", CONFIG, state, knowledge=knowledge, tokenizer=words)
+    options = {"format": "native", "precision": "int4"}
+    monkeypatch.setattr(exporting, "DIVERGENCE_LIMIT", 0.0)
+    package = NativePackage.open(export_checkpoint(checkpoint, tmp_path / "package", calibrate=images, **options))  # type: ignore[arg-type]
+    layers = {layer["name"]: layer for layer in package.manifest["layers"]}
+    assert {layer["kept"] for layer in layers.values()} == {"int8"}  # nothing else is within a limit of zero
+    assert all("damage" in layer for layer in layers.values() if layer["asked"] == "int4")
+    assert package.manifest["calibration"]["divergence_limit"] == 0
+    assert package.manifest["calibration"]["held_out"] == 2
+    for name, layer in layers.items():
+        assert package.weights[name][0] == layer["kept"]
+    assert len(RSVLM.from_pretrained(package.path).caption(images / "0.png", max_new_tokens=3).token_ids) > 0
+    assert json.loads((package.path / "manifest.json").read_text())["precision"] == "int4"
+    for arguments, words_of_error in (
+        (options, "--calibrate must name images"),
+        ({**options, "precision": "int8", "calibrate": images}, "--calibrate must be left out"),
+        ({**options, "calibrate": images, "calibration_images": 2}, "--calibrate needs at least 4 images"),
+    ):
+        with pytest.raises(InputError, match=words_of_error):
+            export_checkpoint(checkpoint, tmp_path / "other", **arguments)  # type: ignore[arg-type]
+    assert not (tmp_path / "other").exists()
