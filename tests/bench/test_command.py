@@ -17,6 +17,7 @@ from rsvlm_infer.bench.runner import THREAD_VARIABLES
 from rsvlm_infer.bench.schema import Report, read_report
 from tests.bench.conftest import FAKE
 from tests.bench.made_up import make_report, make_row
+from tests.tasks.telling_model import telling_config
 
 
 @pytest.fixture
@@ -59,7 +60,10 @@ def _package(folder: Path, precision: str, embedder: str) -> Path:
     """A native package as far as a run looks at it before the model does."""
     folder.mkdir()
     values = {"format": "rsvlm-package", "version": 1, "architecture": "rsvlm", "kind": "native", "precision": precision}
-    files = {name: {"bytes": 0, "sha256": ""} for name in ("config.json", "tokenizer.json", "weights.safetensors")}
+    contents = {"config.json": json.dumps(telling_config().to_dict()), "tokenizer.json": "", "weights.safetensors": ""}
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    files = {name: {"bytes": len(content), "sha256": ""} for name, content in contents.items()}
     (folder / "manifest.json").write_text(json.dumps({**values, "files": files, "model": {"embedder": embedder}}))
     return folder
 
