@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import ConfigError, RsvlmError
 from .folder import JOURNAL, folder_names, holds, stamp_of, write_report, write_scene
-from .journal import AnswerKey, Journal, Limits, check_limits
+from .journal import AnswerKey, Journal, Limits, Pace, check_limits
 from .record import GridWindow, PixelWindow, SceneHeader, WindowRecord
 from .worker import Opened, Outcome, Task, Workers
 
@@ -181,7 +181,6 @@ class _Run:
         self._summaries: dict[str, dict[str, Any]] = {}
         self._refused: dict[str, Quarantined] = {}
         self._computed = 0
-        self._peak = 0
         self._progress = Progress(len(job.scenes))
         lowered = journal.lowered(job.job_hash)
         self._limits = lowered[-1][0] if lowered else Limits(job.micro_batch, job.budget)
@@ -197,10 +196,7 @@ class _Run:
                 break
             outcome = self._workers.next()
             in_flight -= 1
-            self._peak = max(self._peak, outcome.peak_rss_bytes)
             self._settle(outcome)
-        if self._peak:
-            self._journal.note_peak(self._job.job_hash, self._peak)
         return self._close()
 
     def _next_task(self) -> Task | None:
@@ -309,7 +305,8 @@ class _Run:
         if task.budget is not None and task.budget != asked:
             words = f"out of memory: answered with at most {task.budget} visual tokens instead of {asked}"
             records = [replace(record, warnings=(*record.warnings, words)) for record in records]
-        self._journal.add(scene.key, records, seconds=outcome.seconds, budget=task.budget)
+        pace = Pace.of(records, outcome.seconds, outcome.peak_rss_bytes)
+        self._journal.add(scene.key, records, budget=task.budget, job_hash=self._job.job_hash, pace=pace)
         pixels, gsd = _pixels(task.windows), scene.opened.header.gsd_native_m
         self._computed += len(records)
         self._progress.answered += len(records)

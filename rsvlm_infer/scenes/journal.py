@@ -12,7 +12,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +32,7 @@ CREATE TABLE keys (
 );
 CREATE TABLE answers (
     key INTEGER, row_off INTEGER, col_off INTEGER, height INTEGER, width INTEGER,
-    record TEXT NOT NULL, timings TEXT NOT NULL, seconds REAL NOT NULL, budget INTEGER,
+    record TEXT NOT NULL, timings TEXT NOT NULL, budget INTEGER,
     PRIMARY KEY (key, row_off, col_off, height, width)
 ) WITHOUT ROWID;
 CREATE TABLE failures (
@@ -42,7 +42,10 @@ CREATE TABLE failures (
 CREATE TABLE refusals (source TEXT PRIMARY KEY, stamp TEXT NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE lowered (id INTEGER PRIMARY KEY, job_hash TEXT NOT NULL, micro_batch INTEGER NOT NULL, budget INTEGER, reason TEXT NOT NULL);
 CREATE TABLE finished (source TEXT PRIMARY KEY, stamp TEXT NOT NULL, job_hash TEXT NOT NULL, summary TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE peaks (job_hash TEXT PRIMARY KEY, rss_bytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE paces (
+    job_hash TEXT PRIMARY KEY, windows INTEGER, pixels INTEGER, seconds REAL, visual INTEGER, prompt INTEGER, new INTEGER,
+    rss_bytes INTEGER
+) WITHOUT ROWID;
 """
 
 
@@ -82,7 +85,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Pace:
-    """What answers took: windows, native pixels in their cores, seconds of answering, and tokens."""
+    """What answers took: windows, native pixels in their cores, seconds of answering, tokens, and the largest resident memory."""
 
     windows: int = 0
     pixels: int = 0
@@ -90,6 +93,26 @@ class Pace:
     num_visual_tokens: int = 0
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
+    peak_rss_bytes: int = 0
+
+    @classmethod
+    def of(cls, records: Sequence[WindowRecord], seconds: float, peak_rss_bytes: int) -> Pace:
+        """Of records that took so many seconds together."""
+        return cls(
+            windows=len(records),
+            pixels=sum(record.place.core.height * record.place.core.width for record in records),
+            seconds=seconds,
+            num_visual_tokens=sum(record.num_visual_tokens for record in records),
+            num_prompt_tokens=sum(record.num_prompt_tokens for record in records),
+            num_new_tokens=sum(record.num_new_tokens for record in records),
+            peak_rss_bytes=peak_rss_bytes,
+        )
+
+    def plus(self, other: Pace) -> Pace:
+        """Both together."""
+        peak = max(self.peak_rss_bytes, other.peak_rss_bytes)
+        sums = {name: value + getattr(other, name) for name, value in asdict(self).items()}
+        return Pace(**sums | {"peak_rss_bytes": peak})
 
 
 class Journal:
@@ -130,16 +153,17 @@ class Journal:
             records = [WindowRecord.from_dict(json.loads(record), Timings(**json.loads(timings))) for record, timings in rows]
         return {record.place.window: record for record in records}
 
-    def add(self, key: AnswerKey, records: Sequence[WindowRecord], *, seconds: float, budget: int | None) -> None:
-        """The answers of one micro-batch, all or none. seconds: what the whole micro-batch took. budget: visual tokens it had."""
-        share = seconds / max(1, len(records))
+    def add(self, key: AnswerKey, records: Sequence[WindowRecord], *, budget: int | None, job_hash: str, pace: Pace) -> None:
+        """The answers of one micro-batch, all or none. budget: visual tokens each window had. pace: what they took, added to the job's."""
         with self._transaction():
             number = self._number(key)
             for record in records:
                 place = _place(record.place.window)
-                values = (_text(record.to_dict()), _text(asdict(record.timings)), share, budget)
-                self._database.execute("INSERT OR REPLACE INTO answers VALUES (?,?,?,?,?,?,?,?,?)", (number, *place, *values))
+                values = (_text(record.to_dict()), _text(asdict(record.timings)), budget)
+                self._database.execute("INSERT OR REPLACE INTO answers VALUES (?,?,?,?,?,?,?,?)", (number, *place, *values))
                 self._database.execute(f"DELETE FROM failures WHERE key = ? AND {_WHERE}", (number, *place))
+            total = self.pace(job_hash).plus(pace)
+            self._database.execute("INSERT OR REPLACE INTO paces VALUES (?,?,?,?,?,?,?,?)", (job_hash, *astuple(total)))
 
     def fail(self, key: AnswerKey, window: GridWindow, reason: str) -> Failure:
         """One more failed attempt at a window alone."""
@@ -211,31 +235,12 @@ class Journal:
             for table in ("failures", "refusals", "lowered", "finished"):
                 self._database.execute(f"DELETE FROM {table}")
 
-    def pace(self, *, model_hash: str, prompt_hash: str, config_hash: str) -> Pace:
-        """What answers of this model, prompt and configuration took so far, over all scenes."""
+    def pace(self, job_hash: str) -> Pace:
+        """What a job's answers took so far, over all scenes and runs."""
         rows = self._rows(
-            "SELECT record, seconds FROM answers JOIN keys ON keys.id = answers.key"
-            " WHERE model_hash = ? AND prompt_hash = ? AND config_hash = ?",
-            model_hash,
-            prompt_hash,
-            config_hash,
+            "SELECT windows, pixels, seconds, visual, prompt, new, rss_bytes FROM paces WHERE job_hash = ?", job_hash
         )
-        with self._readable():
-            found = [(WindowRecord.from_dict(json.loads(record)), seconds) for record, seconds in rows]
-        return pace_of([record for record, _ in found], sum(seconds for _, seconds in found))
-
-    def note_peak(self, job_hash: str, rss_bytes: int) -> None:
-        """Largest resident memory that a run of this job has had, in bytes."""
-        with self._transaction():
-            self._database.execute(
-                "INSERT INTO peaks VALUES (?,?) ON CONFLICT (job_hash) DO UPDATE SET rss_bytes = max(rss_bytes, excluded.rss_bytes)",
-                (job_hash, rss_bytes),
-            )
-
-    def peak(self, job_hash: str) -> int | None:
-        """Largest resident memory of this job's runs, in bytes; None when none was noted."""
-        rows = self._rows("SELECT rss_bytes FROM peaks WHERE job_hash = ?", job_hash)
-        return int(rows[0][0]) if rows else None
+        return Pace(*rows[0]) if rows else Pace()
 
     def _start(self) -> None:
         with self._told():
@@ -306,18 +311,6 @@ class Journal:
             yield
         except (ValueError, KeyError, TypeError) as error:
             raise JournalError(f"journal {self._path} is damaged ({error}); {_STEP}") from None
-
-
-def pace_of(records: Sequence[WindowRecord], seconds: float) -> Pace:
-    """The pace of records that took so many seconds together."""
-    return Pace(
-        windows=len(records),
-        pixels=sum(record.place.core.height * record.place.core.width for record in records),
-        seconds=seconds,
-        num_visual_tokens=sum(record.num_visual_tokens for record in records),
-        num_prompt_tokens=sum(record.num_prompt_tokens for record in records),
-        num_new_tokens=sum(record.num_new_tokens for record in records),
-    )
 
 
 def check_limits(limits: Limits) -> None:

@@ -23,6 +23,9 @@ OTHERS = [
 ]
 
 
+TOOK = {"budget": None, "job_hash": "job", "pace": Pace(windows=1, seconds=1.0)}
+
+
 def window(index: int) -> GridWindow:
     place = PixelWindow(index * 8, 0, 8, 16)
     return GridWindow(index, place, place)
@@ -47,7 +50,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_answers_come_back_with_their_timings_and_only_under_their_key(path: Path) -> None:
     with Journal(path) as journal:
-        journal.add(KEY, [record(0), record(1)], seconds=3.0, budget=None)
+        journal.add(KEY, [record(0), record(1)], **TOOK)
     with Journal(path) as journal:
         assert journal.answers(KEY) == {window(0).window: record(0), window(1).window: record(1)}
         for other in OTHERS:
@@ -58,9 +61,9 @@ def test_a_micro_batch_is_written_whole_or_not_at_all(path: Path) -> None:
     bad = WindowRecord(place=window(1), score=float("nan"))
     with Journal(path) as journal:
         with pytest.raises(ValueError, match="JSON compliant"):
-            journal.add(KEY, [record(0), bad], seconds=1.0, budget=None)
+            journal.add(KEY, [record(0), bad], **TOOK)
         assert journal.answers(KEY) == {}
-        journal.add(KEY, [record(0)], seconds=1.0, budget=None)
+        journal.add(KEY, [record(0)], **TOOK)
         assert len(journal.answers(KEY)) == 1
 
 
@@ -71,7 +74,7 @@ def test_attempts_are_counted_across_openings_until_an_answer_comes(path: Path) 
         assert journal.fail(KEY, window(3), "second") == Failure(2, "second")
         assert journal.failures(KEY) == {window(3).window: Failure(2, "second")}
         assert journal.failures(OTHERS[0]) == {}
-        journal.add(KEY, [record(3)], seconds=1.0, budget=None)
+        journal.add(KEY, [record(3)], **TOOK)
         assert journal.failures(KEY) == {}
 
 
@@ -96,22 +99,24 @@ def test_lowered_limits_stay_with_their_job_and_are_forgotten_on_request(path: P
         journal.fail(KEY, window(0), "reason")
         assert journal.lowered("job") == [(Limits(2, None), "first"), (Limits(1, 128), "second")]
         assert journal.lowered("another") == []
-        journal.add(KEY, [record(1)], seconds=1.0, budget=None)
+        journal.add(KEY, [record(1)], **TOOK)
         journal.forget_failures()
         assert (journal.lowered("job"), journal.failures(KEY)) == ([], {})
         assert len(journal.answers(KEY)) == 1
 
 
-def test_the_pace_is_that_of_one_model_prompt_and_configuration_over_all_scenes(path: Path) -> None:
+def test_the_pace_adds_up_over_scenes_and_runs_of_one_job(path: Path) -> None:
+    records = [record(0), record(1)]
+    first, second = Pace.of(records, 3.0, 50), Pace.of(records[:1], 1.5, 40)
+    assert first == Pace(2, 2 * 128, 3.0, 128, 14, 6, 50)
     with Journal(path) as journal:
-        journal.add(KEY, [record(0), record(1)], seconds=3.0, budget=None)
-        journal.add(OTHERS[0], [record(2)], seconds=1.0, budget=None)
-        journal.add(OTHERS[1], [record(3)], seconds=50.0, budget=None)
-        assert journal.pace(model_hash="model", prompt_hash="prompt", config_hash="config") == Pace(3, 3 * 128, 4.0, 192, 21, 9)
-        assert journal.peak("job") is None
-        journal.note_peak("job", 10)
-        journal.note_peak("job", 5)
-        assert journal.peak("job") == 10
+        assert journal.pace("job") == Pace()
+        journal.add(KEY, records, budget=None, job_hash="job", pace=first)
+    with Journal(path) as journal:
+        journal.add(OTHERS[0], records[:1], budget=None, job_hash="job", pace=second)
+        journal.add(OTHERS[1], records, budget=None, job_hash="another", pace=first)
+        assert journal.pace("job") == Pace(3, 3 * 128, 4.5, 192, 21, 9, 50)
+        assert journal.pace("another") == first
 
 
 def test_a_second_process_is_told_that_the_folder_is_in_use_and_a_killed_one_lets_go(path: Path) -> None:
