@@ -26,6 +26,7 @@ from .evaluation import evaluate
 from .export import export, verify
 from .inspect import checkpoint_report, doctor_report, planning_config
 from .knowledge import knowledge_app
+from .run import run
 
 P = ParamSpec("P")
 
@@ -298,6 +299,7 @@ def doctor(output_format: opt.OutputFormat = opt.Format.text) -> int:
 command(evaluate, "eval")
 command(export)
 command(verify)
+command(run)
 
 
 _FORWARD: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
