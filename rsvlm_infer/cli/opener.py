@@ -87,4 +87,7 @@ def _budgets(model: RSVLM, settings: RunSettings) -> tuple[int, int]:
         least = plan_image(_BLANK, model.config, anywhere.scene).num_tokens
     except InputError as error:
         raise ConfigError(str(error)) from None
-    return (config.dris.max_visual_tokens, least) if config.tiling == "dris" else (least, least)
+    if config.tiling == "dris":
+        return config.dris.max_visual_tokens, least
+    fixed = settings.max_visual_tokens or least
+    return fixed, fixed
