@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from .radiometry import area_average
 
-COARSE_BYTES = (
-    1 << 28
-)  # of values and validity; 20,000 x 20,000 pixels of 3 uint16 bands are then kept at a quarter of their side
+# 20,000 x 20,000 pixels of 3 uint16 bands are kept at a quarter of their side
+COARSE_BYTES = 320 << 20  # of values, validity and grey levels
+COARSE_CELLS = 1 << 25
 CHUNK_BYTES = 1 << 25  # native values that one step of the pass holds
 
 _LARGEST = np.iinfo(np.uint16).max
@@ -40,9 +40,12 @@ class Coarse:
 
 
 def coarse_factor(height: int, width: int, num_bands: int, itemsize: int) -> int:
-    """The smallest power of two, at least 2, with which the copy fits into COARSE_BYTES. It depends on nothing but the raster."""
-    factor = 2
-    while -(-height // factor) * -(-width // factor) * num_bands * (itemsize + 1) > COARSE_BYTES:
+    """The smallest power of two, at least 2, with which the copy stays below COARSE_CELLS and COARSE_BYTES.
+
+    It depends on nothing but the raster, so that the memory of a machine changes no answer.
+    """
+    factor, cell_bytes = 2, num_bands * (itemsize + 1) + 3
+    while (cells := -(-height // factor) * -(-width // factor)) > COARSE_CELLS or cells * cell_bytes > COARSE_BYTES:
         factor *= 2
     return factor
 

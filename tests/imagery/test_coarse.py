@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rsvlm_infer.errors import ImageReadError
-from rsvlm_infer.imagery.coarse import COARSE_BYTES, Blocks, Coarse, chunks, coarse_factor, overview_of, reduce_squares
+from rsvlm_infer.imagery.coarse import (
+    COARSE_BYTES,
+    COARSE_CELLS,
+    Blocks,
+    Coarse,
+    chunks,
+    coarse_factor,
+    overview_of,
+    reduce_squares,
+)
 from rsvlm_infer.imagery.complexity import ComplexityMap
 from rsvlm_infer.imagery.pack import pack_scene
 from rsvlm_infer.imagery.plan import plan_scene
@@ -102,7 +111,9 @@ def test_the_copy_keeps_its_size_whatever_the_raster() -> None:
     for height, width in ((6_000, 6_000), (20_000, 20_000), (200_000, 3_000), (400_000, 400_000)):
         for bands, itemsize in ((1, 1), (3, 2), (3, 8)):
             factor = coarse_factor(height, width, bands, itemsize)
-            assert -(-height // factor) * -(-width // factor) * bands * (itemsize + 1) <= COARSE_BYTES
+            cells = -(-height // factor) * -(-width // factor)
+            assert cells <= COARSE_CELLS
+            assert cells * (bands * (itemsize + 1) + 3) <= COARSE_BYTES
             assert factor >= 2
     assert coarse_factor(20_000, 20_000, 3, 2) == 4
 
