@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from rasterio.windows import Window
 
 from ..errors import ImageReadError, InputError
 from .access import SAFE_DRIVERS
+from .coarse import Blocks, Chunk, Coarse, chunks, coarse_factor, make_coarse
 from .georeference import georeference
-from .source import DEFAULT_MAX_RAM, Scene, StretchChoice, check_stretch, choose_bands
+from .source import COARSE_FROM_PX, DEFAULT_MAX_RAM, Scene, StretchChoice, check_stretch, choose_bands
 
 _CACHE_LEAST = 64 << 20  # bytes; GDAL's default is 5 % of the machine's memory
 
@@ -172,24 +174,22 @@ class RasterScene(Scene):
                 f"{name} has complex values ({dtypes[0]}), expected real ones; write its magnitude to a new file first"
             )
         self._palette = _palette(dataset, self._bands)
+        self.num_shown = 3 if self._palette is not None else len(self._bands)
         self.dtype = "uint8" if self._palette is not None else dtypes[0]
-        self._stretch_choice = check_stretch(stretch, self.dtype, 3 if self._palette is not None else len(self._bands), name)
+        self._stretch_choice = check_stretch(stretch, self.dtype, self.num_shown, name)
         known_rgb = self.count == 3 or {ColorInterp.red, ColorInterp.green, ColorInterp.blue} <= set(interpretation)
         self._display_ready = self._palette is not None or (self.dtype == "uint8" and known_rgb)
         self._flags = [dataset.mask_flag_enums[band - 1] for band in self._bands]
         masked = self._palette is not None or dtypes[0].startswith("float")
         self.all_valid = not masked and all(MaskFlags.all_valid in flags for flags in self._flags)
-        self._reading = replace(reading, cache_bytes=self._cache_bytes())
+        self._blocks = self._stored()
+        self._reading = replace(reading, cache_bytes=self._blocks.cache_bytes)
         self._georeference = georeference(dataset)
         self.transform, self.lost = self._georeference.transform, self._georeference.lost
         self.bounds = self._georeference.bounds(self.height, self.width)
         if self._georeference.crs is not None:
             self.crs, self.crs_wkt = self._georeference.crs.to_string(), self._georeference.wkt
         self.gsd_native_m = self.gsd_at(self.height / 2, self.width / 2)
-
-    @property
-    def num_shown(self) -> int:
-        return 3 if self._palette is not None else len(self._bands)
 
     def gsd_at(self, row: float, col: float) -> float | None:
         return self._georeference.gsd(row, col)
@@ -208,25 +208,63 @@ class RasterScene(Scene):
         """Closes the file when this scene opened it."""
         self._handle.close()
 
-    def _cache_bytes(self) -> int:
-        """Two rows of blocks: what a pass over the whole raster needs to decode each block once.
+    def _stored(self) -> Blocks:
+        """How the file is stored, with a cache for two rows of blocks: what decodes each block once in a pass over the raster.
 
         Raises:
             ImageReadError: not even one block fits.
         """
         dataset = self._dataset
         block_height, block_width = dataset.block_shapes[self._bands[0] - 1]
+        itemsize = np.dtype(dataset.dtypes[self._bands[0] - 1]).itemsize
         # pixel-interleaved files decode all bands of a block together
         together = dataset.count if dataset.interleaving is Interleaving.pixel else len(self._bands)
-        cell = np.dtype(dataset.dtypes[0]).itemsize * together
-        most = self._max_ram_bytes // 2
-        if block_height * block_width * cell > most:
+        most, block_bytes = self._max_ram_bytes // 2, block_height * block_width * itemsize * together
+        if block_bytes > most:
             raise ImageReadError(
-                f"{self.name} stores {block_height} x {block_width} pixels in one block, {block_height * block_width * cell >> 20} MiB "
-                f"that must be decoded at once, more than half of max_ram_bytes={self._max_ram_bytes:,}; raise it to "
-                f"{2 * block_height * block_width * cell:,} (--max-ram), or save it as a tiled GeoTIFF"
+                f"{self.name} stores {block_height} x {block_width} pixels in one block, {block_bytes / 2**20:.0f} MiB that must be "
+                f"decoded at once, more than half of max_ram_bytes={self._max_ram_bytes:,}; raise it to {2 * block_bytes:,} "
+                "(--max-ram), or save the file as a tiled GeoTIFF"
             )
-        return int(min(max(_CACHE_LEAST, 2 * dataset.width * block_height * cell), most))
+        rows_of_blocks = 2 * dataset.width * block_height * itemsize * together
+        cache_bytes = int(min(max(_CACHE_LEAST, rows_of_blocks), most))
+        return Blocks(block_height, block_width, itemsize * len(self._bands), itemsize * together, cache_bytes)
+
+    @property
+    def _costly(self) -> bool:
+        """Without overviews, whatever is asked of the whole raster decodes the whole raster."""
+        return (
+            self.height * self.width > COARSE_FROM_PX and self._palette is None and not self._dataset.overviews(self._bands[0])
+        )
+
+    def _read_coarse(self) -> Coarse:
+        dtype = np.dtype(self.dtype)
+        factor = coarse_factor(self.height, self.width, len(self._bands), dtype.itemsize)
+        steps = chunks(self.height, self.width, self._blocks, factor)
+        fills = None if self._nodata is None else self._nodata.tolist()
+        return make_coarse(self.height, self.width, len(self._bands), dtype, factor, steps, self._read_step, fills)
+
+    def _read_step(self, step: Chunk, cells: NDArray[Any]) -> NDArray[np.bool_] | None:
+        """Fills `cells` [C, h, w] with native values; their validity, None where all is valid or nodata alone decides."""
+        window = Window(step.col_off, step.row_off, step.width, step.height)
+        with self._reading.guarded():
+            self._dataset.read(list(self._bands), window=window, out=cells)
+            if self._nodata is not None or self.all_valid:
+                return None
+            valid = self._read_valid(window, step.height, step.width).transpose(2, 0, 1)
+        return valid & np.isfinite(cells) if cells.dtype.kind == "f" else valid
+
+    @cached_property
+    def _nodata(self) -> NDArray[Any] | None:
+        """[C], the one value of each shown band that is no measurement, where nothing else masks an integer raster."""
+        values = [self._dataset.nodatavals[band - 1] for band in self._bands]
+        dtype = np.dtype(self.dtype)
+        if dtype.kind not in "iu" or any(flags != [MaskFlags.nodata] for flags in self._flags):
+            return None
+        limits = np.iinfo(dtype)
+        if any(value is None or value != int(value) or not limits.min <= int(value) <= limits.max for value in values):
+            return None
+        return np.array([int(value) for value in values], dtype=dtype)
 
     def _read_raw(
         self, row_off: float, col_off: float, height: float, width: float, out_height: int, out_width: int

@@ -5,11 +5,8 @@ Nothing here touches the network: an address is refused before anything opens it
 
 from __future__ import annotations
 
-import io
 import logging
 import math
-import threading
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,14 +18,17 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import ImageReadError, InputError, MissingDependencyError
 from .access import Access, allowance, driver_of, find_source
+from .coarse import Coarse, overview_of
+from .plain import decode_plain, open_plain
 from .radiometry import Stretch, area_average, fit_stretch, to_rgb
 
 DEFAULT_MAX_PIXELS = 1 << 27  # 134 Mpx: about 1 GiB while a plain RGB image is decoded
 DEFAULT_MAX_RAM = 768 << 20  # bytes for reading one raster: GDAL's block cache, the coarse copy, windows that wait
+COARSE_FROM_PX = 1 << 25  # native pixels from which a raster without overviews is read once into a coarse copy
 OVERVIEW_PX = 1024
 _STRIP_PX = 1 << 23  # native pixels that one read holds at once
 
@@ -36,9 +36,6 @@ Edge = float | tuple[float, ...]  # one value, or one for each shown band
 StretchChoice = Literal["auto", "percentile", "none"] | tuple[Edge, Edge]
 
 _log = logging.getLogger(__name__)
-_pillow_limit = threading.Lock()  # Pillow keeps its bomb limit in a module global
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")  # JPEG opens MPO too; all that Pillow knows would run Ghostscript
-_GEO_TAGS = (33550, 33922, 34264, 34735)
 
 
 class Scene(ABC):
@@ -49,6 +46,7 @@ class Scene(ABC):
         height, width: pixels of the whole scene.
         count: bands in the source.
         dtype: numpy name of the band values.
+        num_shown: bands that are shown, 1 or 3.
         gsd_native_m: ground metres per pixel, None when the source does not say.
         crs: coordinate reference system as text, or None. crs_wkt: the same as WKT2.
         transform: affine (a, b, c, d, e, f) from (column, row) to crs coordinates, or None.
@@ -63,6 +61,7 @@ class Scene(ABC):
     width: int
     count: int
     dtype: str
+    num_shown: int = 3
     gsd_native_m: float | None = None
     crs: str | None = None
     crs_wkt: str | None = None
@@ -89,13 +88,7 @@ class Scene(ABC):
         if isinstance(choice, tuple):
             low, high = (edge if isinstance(edge, tuple) else (edge,) * self.num_shown for edge in choice)
             return Stretch(low, high)
-        values, valid = self._overview_raw
-        return fit_stretch(values, valid)
-
-    @property
-    @abstractmethod
-    def num_shown(self) -> int:
-        """Bands that are shown, 1 or 3."""
+        return self._survey.fitted
 
     @property
     def stretch_from_scene(self) -> bool:
@@ -111,15 +104,43 @@ class Scene(ABC):
         return self.gsd_native_m
 
     @cached_property
-    def _overview_raw(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        return self._read_strips(0, 0, self.height, self.width, *self._overview_shape(OVERVIEW_PX), raw=True)
+    def _survey(self) -> _Survey:
+        """The one pass over a scene that decides how all of it is shown."""
+        shape = self._overview_shape(OVERVIEW_PX)
+        if not self._costly:
+            values, valid = self._read_strips(0, 0, self.height, self.width, *shape, raw=True)
+            return _Survey(values, valid, fit_stretch(values, valid))
+        copy = self._read_coarse()
+        values, valid = overview_of(copy, *shape)
+        fitted = fit_stretch(values, valid)
+        own = self._stretch_choice
+        stretch = fitted if own == "percentile" or (own == "auto" and not self._display_ready) else self.stretch
+        rgb, _ = _shown(copy.values, copy.valid, stretch)  # grey levels are enough from now on
+        return _Survey(values, valid, fitted, (rgb, copy.factor))
+
+    @property
+    def _costly(self) -> bool:
+        """Whether reading the whole scene again would decode all of it again."""
+        return False
+
+    def _read_coarse(self) -> Coarse:
+        """The whole of a costly scene, once."""
+        raise NotImplementedError
+
+    @property
+    def coarse(self) -> tuple[NDArray[np.uint8], int] | None:
+        """(rgb uint8 [h, w, 3], native pixels per cell and side) of a large raster without overviews; None of others.
+
+        The last row and column of cells may hold fewer native pixels.
+        """
+        return self._survey.coarse if self._costly else None
 
     def overview(self, max_side_px: int = OVERVIEW_PX) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """The whole scene with its long side at most `max_side_px`: (rgb uint8 [h, w, 3], mask bool [h, w])."""
         if max_side_px < 1:
             raise InputError(f"max_side_px must be at least 1, got {max_side_px}; {OVERVIEW_PX} is usual")
         if max_side_px == OVERVIEW_PX:
-            return self._shown(*self._overview_raw)
+            return _shown(self._survey.values, self._survey.valid, self.stretch)
         return self.read(0, 0, self.height, self.width, *self._overview_shape(max_side_px))
 
     def read(
@@ -185,7 +206,7 @@ class Scene(ABC):
             stop = min(out_height, start + rows)
             top, bottom = start * height / out_height, stop * height / out_height
             values, valid = self._read_raw(row_off + top, col_off, bottom - top, width, stop - start, out_width)
-            part, mask = (values, valid) if raw else self._shown(values, valid)
+            part, mask = (values, valid) if raw else _shown(values, valid, self.stretch)
             if stop - start == out_height:
                 return part, mask
             if start == 0:
@@ -194,10 +215,24 @@ class Scene(ABC):
             whole[start:stop], masks[start:stop] = part, mask
         return whole, masks
 
-    def _shown(self, values: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        grey = values if self.stretch is None else self.stretch.apply(values, valid)
-        shared = valid.strides[2] == 0  # one validity for all bands
-        return to_rgb(grey), valid[..., 0] if shared else np.asarray(valid.any(axis=2))
+
+@dataclass(frozen=True)
+class _Survey:
+    """The overview's values [h, w, C] and validity, the stretch that fits them, and the coarse copy of a costly scene."""
+
+    values: NDArray[Any]
+    valid: NDArray[np.bool_]
+    fitted: Stretch
+    coarse: tuple[NDArray[np.uint8], int] | None = None
+
+
+def _shown(
+    values: NDArray[Any], valid: NDArray[np.bool_], stretch: Stretch | None
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Grey levels uint8 [h, w, 3] and mask bool [h, w] of band values."""
+    grey = values if stretch is None else stretch.apply(values, valid)
+    shared = valid.strides[2] == 0  # one validity for all bands
+    return to_rgb(grey), valid[..., 0] if shared else np.asarray(valid.any(axis=2))
 
 
 class ArrayScene(Scene):
@@ -226,15 +261,11 @@ class ArrayScene(Scene):
         first = chosen[0] - 1
         consecutive = chosen == tuple(range(first + 1, first + 1 + len(chosen)))
         self._pixels = pixels[..., first : first + len(chosen)] if consecutive else pixels[..., [band - 1 for band in chosen]]
-        self._mask = mask
+        self._mask, self.num_shown = mask, len(chosen)
         self.all_valid = mask is None and pixels.dtype.kind != "f"
         photo = pixels.dtype == np.uint8 and self.count <= 4
         self._display_ready = photo if display_ready is None else display_ready and pixels.dtype == np.uint8
         self._stretch_choice = check_stretch(stretch, self.dtype, len(chosen), name)
-
-    @property
-    def num_shown(self) -> int:
-        return int(self._pixels.shape[2])
 
     def _read_raw(
         self, row_off: float, col_off: float, height: float, width: float, out_height: int, out_width: int
@@ -415,7 +446,7 @@ def _from_encoded(source: Path | bytes, name: str, how: _How) -> Scene:
         except ImportError:
             _log.info("%s: rasterio is not installed, reading through Pillow without georeference or nodata", name)
     try:
-        with _pillow_open(source, name, how.max_pixels) as image:
+        with open_plain(source, name, how.max_pixels) as image:
             return _from_pillow(image, name, how)
     except ImageReadError as error:
         if driver:
@@ -427,81 +458,7 @@ def _from_encoded(source: Path | bytes, name: str, how: _How) -> Scene:
         raise ImageReadError(f"{error}{allowance(name, how.access.allow_drivers)}") from None
 
 
-def _pillow_open(source: Path | bytes, name: str, max_pixels: int) -> Image.Image:
-    """Opens the header only. Pillow's own limit steps aside while ours is checked, because ours can be raised."""
-    stream: Path | io.BytesIO = source if isinstance(source, Path) else io.BytesIO(source)
-    with _pillow_limit, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            image = Image.open(stream, formats=_FORMATS)
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise _unreadable(name, error) from None
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-    if image.width * image.height > max_pixels:
-        image.close()
-        raise ImageReadError(
-            f"{name} has {image.height * image.width:,} pixels, more than max_pixels={max_pixels:,}; "
-            "if you trust it raise max_pixels, or save it as a tiled GeoTIFF, which is read by windows"
-        )
-    return image
-
-
 def _from_pillow(image: Image.Image, name: str, how: _How) -> Scene:
-    if image.width * image.height > how.max_pixels:
-        raise ImageReadError(
-            f"{name} has {image.height * image.width:,} pixels, more than max_pixels={how.max_pixels:,}; raise max_pixels"
-        )
-    try:
-        pixels, mask = _decode(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
-        raise _unreadable(name, error) from None
+    pixels, mask = decode_plain(image, name, how.max_pixels)
     display_ready = not (image.format == "TIFF" and pixels.ndim == 2)  # grey TIFFs are stretched, with rasterio or without
-    if image.format == "TIFF" and any(tag in getattr(image, "tag_v2", {}) for tag in _GEO_TAGS):
-        _log.info("%s: its georeference is not read without rasterio; pip install 'rsvlm-infer[geo]'", name)
     return ArrayScene(pixels, mask, name=name, bands=how.bands, stretch=how.stretch, display_ready=display_ready)
-
-
-def _decode(image: Image.Image) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
-    """Upright pixels, uint8 [H, W] or [H, W, 3] or a wider grey [H, W], and the mask of its transparency (None = all valid)."""
-    image.load()
-    upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
-    transparency = upright.info.get("transparency")
-    mask: NDArray[np.bool_] | None = None
-    if upright.mode.startswith(("I", "F")):
-        wide = np.asarray(upright)
-        return wide, wide != transparency if isinstance(transparency, int) else None
-    if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or transparency is not None:
-        mode = "LA" if upright.mode == "LA" else "RGBA"
-        upright = upright.convert(mode)
-        mask = np.asarray(upright.getchannel("A")) > 0
-    mode = "L" if upright.mode in ("1", "L", "LA") else "RGB"
-    upright = upright if upright.mode == mode else upright.convert(mode)
-    out = np.empty((upright.height, upright.width) + ((3,) if mode == "RGB" else ()), dtype=np.uint8)
-    rows = max(1, _STRIP_PX // upright.width)
-    for start in range(0, upright.height, rows):  # one np.asarray of the whole would hold three copies
-        stop = min(upright.height, start + rows)
-        out[start:stop] = np.asarray(upright.crop((0, start, upright.width, stop)))
-    return out, mask
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation 1..8; 1 when the EXIF block is damaged, because the pixels are not."""
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except Exception as error:
-        _log.info("EXIF ignored, it cannot be read (%s)", error)
-        return 1
-
-
-def _unreadable(name: str, error: Exception) -> ImageReadError:
-    if isinstance(error, UnidentifiedImageError):
-        reason = "not a JPEG, PNG, WebP, TIFF, GIF or BMP image"
-    else:
-        reason = " ".join(str(error).split()) or type(error).__name__
-    return ImageReadError(f"{name} cannot be read as an image ({reason}); restore the file or convert it to PNG or GeoTIFF")
