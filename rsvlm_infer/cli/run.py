@@ -17,8 +17,12 @@ import typer
 from ..hardware import usable_cores
 from ..scenes.cluster import RayWorkers
 from ..scenes.estimate import Estimate, estimate_job
-from ..scenes.job import Job, JobResult, Progress, Quarantined, run_job
+from ..scenes.job import Job, JobResult, Progress, Quarantined, WriteOutputs, run_job
 from ..scenes.job_file import JobFile, read_job_file
+from ..scenes.outputs import Overview, write_outputs
+from ..scenes.outputs.write import check_formats
+from ..scenes.record import SceneHeader
+from ..scenes.settings import RunSettings
 from ..scenes.worker import LocalWorkers, Worker, Workers
 from . import options as opt
 from .console import EXIT_ERROR, EXIT_OK, EXIT_PARTLY, terminal
@@ -76,6 +80,7 @@ def run(
 
 def run_job_file(file: JobFile, *, dry_run: bool, retry: bool, output_format: opt.Format) -> int:
     """Runs a job, or says what it would take, and gives the exit code."""
+    formats = check_formats(file.formats, file.settings.mode)
     model = (file.settings, file.checkpoint, file.backend, file.precision)
     job = Job(
         scenes=file.scenes,
@@ -83,7 +88,7 @@ def run_job_file(file: JobFile, *, dry_run: bool, retry: bool, output_format: op
         job_hash=job_hash(*model),
         micro_batch=file.micro_batch,
         budget=file.settings.max_visual_tokens,
-        formats=file.formats,
+        formats=formats,
     )
     opener = ModelOpener(*model)
     if dry_run:
@@ -91,8 +96,18 @@ def run_job_file(file: JobFile, *, dry_run: bool, retry: bool, output_format: op
             estimate = estimate_job(job, Worker(opener), bar.advance)
         return _show_estimate(estimate, file, output_format)
     with _workers(file, opener) as workers, _bar() as report:
-        result = run_job(job, workers, report=report, retry=retry)
+        result = run_job(job, workers, write_outputs=_writer(file.settings), report=report, retry=retry)
     return _show_result(result, file, output_format)
+
+
+def _writer(settings: RunSettings) -> WriteOutputs:
+    """Writes a scene's formats; pictures show the scene as the model saw it."""
+
+    def overview(header: SceneHeader) -> Overview:
+        with settings.open(header.source) as scene:
+            return Overview(*scene.overview())
+
+    return functools.partial(write_outputs, read_overview=overview)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from .outputs.files import write_bytes
 from .record import SceneHeader, WindowRecord
 
 JOURNAL = "journal.sqlite"
@@ -57,33 +57,14 @@ def write_scene(folder: Path, header: SceneHeader, records: Iterable[WindowRecor
     Raises:
         InputError: the folder or a file cannot be written.
     """
-    write_text(folder / HEADER, json.dumps(header.to_dict(), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
-    lines = (json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False) for record in records)
-    write_text(folder / RECORDS, "".join(f"{line}\n" for line in lines))
+    write_bytes(folder / HEADER, _text(header.to_dict(), indent=1))
+    write_bytes(folder / RECORDS, b"".join(_text(record.to_dict()) for record in records))
     return [folder / HEADER, folder / RECORDS]
 
 
 def write_report(folder: Path, values: dict[str, Any]) -> None:
     """job.json. Raises InputError when it cannot be written."""
-    write_text(folder / REPORT, json.dumps(values, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """UTF-8 under another name, flushed, then renamed: a kill leaves the old file or the new one.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    scratch = path.with_name(f".{path.name}.part")  # one name, so that a kill leaves at most one and the next run overwrites it
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); make room or choose another output folder") from None
+    write_bytes(folder / REPORT, _text(values, indent=1))
 
 
 def holds(folder: Path, files: Mapping[str, int]) -> bool:
@@ -92,6 +73,12 @@ def holds(folder: Path, files: Mapping[str, int]) -> bool:
         return all((folder / name).stat().st_size == size for name, size in files.items())
     except OSError:
         return False
+
+
+def _text(values: dict[str, Any], indent: int | None = None) -> bytes:
+    """JSON and a line's end, keys as they come; file names that are no UTF-8 keep their bytes as escapes."""
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False, indent=indent)
+    return f"{text}\n".encode("utf-8", "backslashreplace")
 
 
 def _stem(source: str) -> str:

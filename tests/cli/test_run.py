@@ -85,6 +85,26 @@ def test_the_same_command_again_answers_nothing_and_loads_no_model(
     assert contents(tmp_path / "out") == before
 
 
+def test_formats_are_written_beside_the_records(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, write_job: WriteJob
+) -> None:
+    scenes = '["scenes/roofs.png"]'
+    code, _, err = run(capsys, "run", write_job('formats = ["geojson", "quicklook"]', scenes=scenes))
+    assert (code, err) == (0, "")
+    before = contents(tmp_path / "out")
+    assert sorted(before) == [
+        "job.json",
+        *(f"roofs/{name}" for name in ("header.json", "records.jsonl", "roofs.geojson", "roofs.png")),
+    ]
+    with Image.open(tmp_path / "out" / "roofs" / "roofs.png") as picture:
+        red, green, _ = np.asarray(picture.convert("RGB"), float).mean((0, 1))
+    assert red > green
+    features = json.loads(before["roofs/roofs.geojson"])["features"]
+    assert sum(each["properties"].get("text") == "A red scene." for each in features) == 6
+    run(capsys, "run", write_job('formats = ["geojson"]', scenes=scenes))
+    assert sorted(set(before) - set(contents(tmp_path / "out"))) == ["roofs/roofs.png"]
+
+
 def test_another_question_is_asked_anew_and_the_old_answers_stay_known(
     capsys: pytest.CaptureFixture[str], write_job: WriteJob, backend: TellingBackend
 ) -> None:
@@ -179,6 +199,7 @@ def test_little_memory_is_told(
     [
         (["qerry = 1"], [], 1, "unknown keys ['qerry']"),
         (['mode = "ask"'], [], 2, "query must hold the question"),
+        (['formats = ["shapefile"]'], [], 2, "formats must be a list of ['geojson'"),
         (["budget = 2"], [], 1, 'max_visual_tokens must be at least 4 with tiling "fixed", got 2'),
         (['tiling = "anyres"'], [], 1, "needs a checkpoint with grid_pinpoints"),
         ([], ["--workers", "2"], 2, 'workers need engine "ray", got engine "local"'),

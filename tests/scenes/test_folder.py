@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rsvlm_infer.errors import InputError
-from rsvlm_infer.scenes.folder import folder_names, holds, stamp_of, write_scene, write_text
+from rsvlm_infer.scenes.folder import folder_names, holds, stamp_of, write_report, write_scene
 from rsvlm_infer.scenes.record import WindowRecord
 from tests.scenes.fake_scenes import FakeOpener, write_fake
 
@@ -60,13 +60,17 @@ def test_a_scene_is_written_with_the_same_bytes_and_without_timings(tmp_path: Pa
 
 
 def test_files_are_missed_when_one_is_gone_or_of_another_length(tmp_path: Path) -> None:
-    write_text(tmp_path / "x" / "a.txt", "abc")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.txt").write_text("abc")
     assert holds(tmp_path, {"x/a.txt": 3})
     assert not holds(tmp_path, {"x/a.txt": 4})
     assert not holds(tmp_path, {"x/a.txt": 3, "b.txt": 1})
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_names_that_are_no_utf8_are_escaped_and_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    write_report(tmp_path, {"source": "größe \udcff.tif"})
+    assert (tmp_path / "job.json").read_bytes() == '{\n "source": "größe \\udcff.tif"\n}\n'.encode()
+    assert json.loads((tmp_path / "job.json").read_text()) == {"source": "größe \udcff.tif"}
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"a\.txt cannot be written"):
-        write_text(tmp_path / "file" / "a.txt", "abc")
+    with pytest.raises(InputError, match=r"job\.json cannot be written"):
+        write_report(tmp_path / "file", {})
