@@ -1,7 +1,7 @@
 """Owns a job's workers on a Ray cluster: one process with one model each, tasks out, outcomes back. Knows no journal and no model.
 
-The process that started the job hands out the tasks and alone writes the journal and the files; workers only read scenes and answer. Actors
-and not Ray Data: the job must hear of each micro-batch by itself and decide what comes next, and a pipeline runs to its end by its own rules.
+The process that started the job hands out the tasks and alone writes the journal and the files; workers only read scenes and answer.
+Actors and not Ray Data: the job must hear of each micro-batch by itself and decide what comes next; a pipeline has its own rules.
 """
 
 from __future__ import annotations
