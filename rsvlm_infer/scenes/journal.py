@@ -174,7 +174,7 @@ class Journal:
             ).fetchone()
             failure = Failure((row[0] if row else 0) + 1, reason)
             self._database.execute(
-                "INSERT OR REPLACE INTO failures VALUES (?,?,?,?,?,?,?)", (number, *place, failure.attempts, reason)
+                "INSERT OR REPLACE INTO failures VALUES (?,?,?,?,?,?,?)", (number, *place, failure.attempts, _text(reason))
             )
         return failure
 
@@ -183,17 +183,21 @@ class Journal:
         rows = self._rows(
             "SELECT row_off, col_off, height, width, attempts, reason FROM failures WHERE key = ?", self._find(key)
         )
-        return {PixelWindow(*row[:4]): Failure(*row[4:]) for row in rows}
+        with self._readable():
+            return {PixelWindow(*row[:4]): Failure(row[4], json.loads(row[5])) for row in rows}
 
     def refuse(self, source: str, stamp: str, reason: str) -> None:
         """A scene that cannot be opened. stamp: changes when the file changes."""
         with self._transaction():
-            self._database.execute("INSERT OR REPLACE INTO refusals VALUES (?,?,?)", (source, stamp, reason))
+            self._database.execute(
+                "INSERT OR REPLACE INTO refusals VALUES (?,?,?)", (_text(source), _text(stamp), _text(reason))
+            )
 
     def refusal(self, source: str, stamp: str) -> str | None:
         """Why this scene was refused; None when it was not, or has changed since."""
-        rows = self._rows("SELECT reason FROM refusals WHERE source = ? AND stamp = ?", source, stamp)
-        return str(rows[0][0]) if rows else None
+        rows = self._rows("SELECT reason FROM refusals WHERE source = ? AND stamp = ?", _text(source), _text(stamp))
+        with self._readable():
+            return str(json.loads(rows[0][0])) if rows else None
 
     def lower(self, job_hash: str, limits: Limits, reason: str) -> None:
         """Memory did not suffice: from now on these limits hold, also after a kill."""
@@ -212,20 +216,23 @@ class Journal:
         """All of a scene's files are written."""
         with self._transaction():
             self._database.execute(
-                "INSERT OR REPLACE INTO finished VALUES (?,?,?,?)", (source, stamp, job_hash, _text(summary))
+                "INSERT OR REPLACE INTO finished VALUES (?,?,?,?)", (_text(source), _text(stamp), job_hash, _text(summary))
             )
 
     def finished(self, source: str, stamp: str, job_hash: str) -> dict[str, Any] | None:
         """The summary of a finished scene; None when it is not finished, or the file or the job has changed since."""
         rows = self._rows(
-            "SELECT summary FROM finished WHERE source = ? AND stamp = ? AND job_hash = ?", source, stamp, job_hash
+            "SELECT summary FROM finished WHERE source = ? AND stamp = ? AND job_hash = ?",
+            _text(source),
+            _text(stamp),
+            job_hash,
         )
         with self._readable():
             return dict(json.loads(rows[0][0])) if rows else None
 
     def files_of(self, source: str) -> tuple[str, ...]:
         """Names of the files that were last written for a scene, by any job."""
-        rows = self._rows("SELECT summary FROM finished WHERE source = ?", source)
+        rows = self._rows("SELECT summary FROM finished WHERE source = ?", _text(source))
         with self._readable():
             return tuple(json.loads(rows[0][0])["files"]) if rows else ()
 
@@ -333,5 +340,6 @@ def _place(window: PixelWindow) -> tuple[int, int, int, int]:
     return window.row_off, window.col_off, window.height, window.width
 
 
-def _text(values: dict[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False, allow_nan=False)
+def _text(values: object) -> str:
+    """JSON in ASCII: sqlite takes no file name that is no UTF-8."""
+    return json.dumps(values, allow_nan=False)

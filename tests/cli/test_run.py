@@ -252,6 +252,18 @@ def test_progress_is_told_in_one_line() -> None:
     )
 
 
+def test_without_a_terminal_progress_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], write_job: WriteJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rsvlm_infer.cli.run.LINE_EVERY_S", 0.0)
+    job = write_job(scenes='["scenes/fields.png"]')
+    lines = run(capsys, "run", job)[2].splitlines()
+    assert lines[0] == "rsvlm: 0 of 0+ windows · 0 of 1 scenes"
+    assert lines[-1].startswith("rsvlm: 6 of 6 windows · 1 of 1 scenes · ")
+    assert " Mpx/s · about 0 s left" in lines[-1]
+    assert run(capsys, "-q", "run", job)[2] == ""
+
+
 def test_durations_have_two_units() -> None:
     assert [duration(value) for value in (0.2, 45, 60, 200, 3600, 18_720, 190_000)] == [
         "0 s",

@@ -92,6 +92,18 @@ def test_a_refused_or_finished_scene_is_so_until_it_changes(path: Path) -> None:
         assert journal.finished("b.tif", "1", "another job") is None
 
 
+def test_names_that_are_no_utf8_are_kept(path: Path) -> None:
+    odd = "gr\udcf6sse.tif"
+    with Journal(path) as journal:
+        journal.refuse(odd, f"{odd} 1", f"{odd} is damaged")
+        journal.finish(odd, f"{odd} 1", "job", {"source": odd, "files": {odd: 1}})
+        journal.fail(KEY, window(0), f"{odd} failed")
+        assert journal.refusal(odd, f"{odd} 1") == f"{odd} is damaged"
+        assert journal.finished(odd, f"{odd} 1", "job") == {"source": odd, "files": {odd: 1}}
+        assert journal.files_of(odd) == (odd,)
+        assert journal.failures(KEY) == {window(0).window: Failure(1, f"{odd} failed")}
+
+
 def test_lowered_limits_stay_with_their_job_and_are_forgotten_on_request(path: Path) -> None:
     with Journal(path) as journal:
         journal.lower("job", Limits(2, None), "first")
