@@ -7,6 +7,7 @@ Actors and not Ray Data: the job must hear of each micro-batch by itself and dec
 from __future__ import annotations
 
 import importlib
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -116,12 +117,13 @@ class RayWorkers:
 
     def _connect(self, address: str | None, count: int) -> None:
         local = {"num_cpus": max(1, round(count * self._cpus)), "object_store_memory": STORE_BYTES, "include_dashboard": False}
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if address is None:
                 # "local": without it, RAY_ADDRESS or a cluster that happens to run here would be joined unasked
-                self._ray.init(address="local", log_to_driver=False, **local)
+                self._ray.init(address="local", **quiet, **local)
             else:
-                self._ray.init(address=address, log_to_driver=False)
+                self._ray.init(address=address, **quiet)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise JobError(
                 f"Ray cluster {address or 'on this machine'} cannot be reached ({reason_of(error)}); start one with `ray start --head`, "
