@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -21,7 +24,12 @@ from .engine.checks import check_integer, check_text, check_texts
 from .engine.engine import Engine
 from .engine.request import Request
 from .errors import CheckpointError, InputError, RsvlmError
+from .models.checkpoint import folder_digest
 from .models.draft_table import DraftTable
+from .scenes.answers import DEFAULT_BATCH, SceneAnswers
+from .scenes.record import Mode
+from .scenes.run import open_scene_run
+from .scenes.settings import RunSettings
 from .tasks.answer import AnswerDraft
 from .tasks.caption import CAPTION_PROMPT
 from .tasks.classify import LABEL_TEMPLATE, Method, choice_prompt, choose_method, classification, label_prompts
@@ -83,13 +91,23 @@ class AnswerStream(Iterator[str]):
 
 
 class RSVLM:
-    """A loaded model. Not safe for use from several threads at once."""
+    """A loaded model. Not safe for use from several threads at once.
+
+    `folder` is the checkpoint or package that it was loaded from, None when it was put together otherwise.
+    """
 
     def __init__(
-        self, backend: Backend, tokenizer: Tokenizer, *, max_batch: int = 16, draft_table: DraftTable | None = None
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        *,
+        max_batch: int = 16,
+        draft_table: DraftTable | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.backend = backend
         self.tokenizer = tokenizer
+        self.folder = folder
         self.engine = Engine(backend, max_batch, draft_table=draft_table)
         self._label_texts: tuple[str, ...] = ()
         self._label_embeddings: npt.NDArray[np.float32] = np.zeros((0, 0), dtype=np.float32)
@@ -109,11 +127,18 @@ class RSVLM:
         table = None
         if isinstance(loaded, DraftingBackend) and loaded.config.language is not None and drafts.is_file():
             table = DraftTable.load(drafts, loaded.config.language.vocab_size)
-        return cls(loaded, Tokenizer.from_folder(folder), draft_table=table)
+        return cls(loaded, Tokenizer.from_folder(folder), draft_table=table, folder=folder)
 
     @property
     def config(self) -> RsvlmConfig:
         return self.backend.config
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex sha256 of the folder that this model was loaded from; of its config when it was put together otherwise."""
+        if self.folder is not None:
+            return folder_digest(self.folder)
+        return hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode()).hexdigest()
 
     @overload
     def caption(
@@ -293,6 +318,24 @@ class RSVLM:
     def plan(self, image: Any, **options: Unpack[SceneOptions]) -> ScenePlan:
         """What the planner decides about an image, without encoding it."""
         return plan_image(image, self.config, _settings(options)[0])
+
+    def scene(
+        self, source: Any, mode: Mode = "describe", query: str = "", *, batch_size: int = DEFAULT_BATCH, **options: Any
+    ) -> SceneAnswers:
+        """Answers about a whole scene, window by window, as a lazy iterator of records that also has the `header`.
+
+        source: a path, or what `caption` takes. mode, query and options are the fields of `scenes.settings.RunSettings`: without
+        `window_px` there is one record for the whole scene.
+
+        Raises:
+            ImageReadError: the scene cannot be read. InputError: settings that fit neither the checkpoint nor the scene.
+        """
+        run = open_scene_run(self, source, RunSettings(mode=mode, query=query, **options))
+        try:
+            return SceneAnswers(run, batch_size)
+        except BaseException:
+            run.close()
+            raise
 
     def _one(
         self, image: Any, prompt: str | None, choices: Sequence[str] | None, stream: bool, options: AnswerOptions

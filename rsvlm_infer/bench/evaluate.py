@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..contract import CERTIFICATE
 from ..errors import InputError, RsvlmError
 from ..evaluation.predictions import Predictions, PredictionWriter, header_differences, read_predictions
 from ..evaluation.scoring import score_set
 from ..evaluation.sets import EvaluationSet, Item
-from ..models.checkpoint import sha256_of
+from ..models.checkpoint import folder_digest
 from .output import write_atomically
 from .predict import ANSWER_TOKENS, CAPTION_TOKENS, CLOSED_ANSWERS, PredictSettings, predict
 
@@ -85,13 +83,7 @@ def describe_set(data: EvaluationSet) -> dict[str, Any]:
 
 def checkpoint_digest(folder: Path) -> str:
     """Short hash of all files of a checkpoint that make up the model: config, weights, tokenizer, knowledge."""
-    files = sorted(
-        path
-        for path in folder.rglob("*")  # a package's manifest names its graphs by sha256; its certificate changes no prediction
-        if path.is_file() and path.suffix in (".json", ".jsonl", ".safetensors") and path.name != CERTIFICATE
-    )
-    lines = (f"{path.relative_to(folder).as_posix()} {sha256_of(path)}" for path in files)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return folder_digest(folder)[:16]
 
 
 def settings_to_dict(data: EvaluationSet, settings: PredictSettings) -> dict[str, Any]:

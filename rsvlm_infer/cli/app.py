@@ -26,6 +26,8 @@ from .evaluation import evaluate
 from .export import export, verify
 from .inspect import checkpoint_report, doctor_report, planning_config
 from .knowledge import knowledge_app
+from .run import run
+from .scene import scene as scene_command
 
 P = ParamSpec("P")
 
@@ -179,7 +181,7 @@ def classify(
     """Choose among labels: lines of label and probability."""
     scene = opt.scene_options(bands, max_pixels, tiling, max_tiles, max_visual_tokens)
     opt.check_plan(plan, output_format)
-    names = check_labels(_labels(labels, labels_file), "labels")
+    names = check_labels(opt.parse_labels(labels, labels_file), "labels")
     label_prompts(names, template)
     model = _load(checkpoint, backend, precision, scene)
     chosen = choose_method(method.value, model.config)
@@ -295,9 +297,11 @@ def doctor(output_format: opt.OutputFormat = opt.Format.text) -> int:
     return EXIT_OK
 
 
+command(scene_command, "scene")
 command(evaluate, "eval")
 command(export)
 command(verify)
+command(run)
 
 
 _FORWARD: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -418,22 +422,6 @@ def _one_line(text: str, images: list[str]) -> str:
 
 def _named(line: str, result: SceneReport, images: list[str]) -> str:
     return line if len(images) == 1 else f"{result.source}\t{line}"
-
-
-def _labels(labels: str | None, labels_file: Path | None) -> list[str]:
-    if (labels is None) == (labels_file is None):
-        raise InputError(
-            "give the labels by either --labels or --labels-file, got both or neither; write --labels forest,harbor"
-        )
-    if labels is not None:
-        return [label.strip() for label in labels.split(",")]
-    assert labels_file is not None
-    try:
-        return [line.strip() for line in labels_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--labels-file {labels_file} cannot be read ({error}); pass a text file with one label on each line"
-        ) from None
 
 
 def _plan_summary(report: ScenePlan) -> str:

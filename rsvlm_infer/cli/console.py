@@ -84,9 +84,9 @@ class Console:
             return EXIT_ERROR
 
     @contextmanager
-    def working(self, label: str, total: int | None = None) -> Iterator[Progress]:
-        """Work that may take long; a bar appears after a second, on a terminal only."""
-        progress = Progress(label, total, enabled=not self.quiet and sys.stderr.isatty())
+    def working(self, label: str, total: int | None = None, *, counted: bool = True) -> Iterator[Progress]:
+        """Work that may take long; a bar appears after a second, on a terminal only. counted: show the count and what is left by it."""
+        progress = Progress(label, total, enabled=not self.quiet and sys.stderr.isatty(), counted=counted)
         self.progress = progress
         try:
             yield progress
@@ -113,11 +113,11 @@ class Console:
 class Progress:
     """One bar on stderr. It starts by a timer, so that short work leaves no trace; while hidden, others may write."""
 
-    def __init__(self, label: str, total: int | None, enabled: bool) -> None:
+    def __init__(self, label: str, total: int | None, enabled: bool, counted: bool = True) -> None:
         self._bar: Any = None
         self._task: Any = None
-        self._done = 0
-        self._label, self._total = label, total
+        self._done: float = 0
+        self._label, self._total, self._counted = label, total, counted
         self._lock = threading.RLock()
         self._timer = threading.Timer(PROGRESS_AFTER_S, self._show)
         self._timer.daemon = True
@@ -126,10 +126,14 @@ class Progress:
             self._timer.start()
 
     def advance(self) -> None:
+        self.show(self._done + 1, self._label)
+
+    def show(self, done: float, label: str) -> None:
+        """So much of the total is done; the words beside the bar."""
         with self._lock:
-            self._done += 1
+            self._done, self._label = done, label
             if self._bar is not None:
-                self._bar.update(self._task, completed=self._done)
+                self._bar.update(self._task, completed=done, description=label)
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
@@ -157,11 +161,11 @@ class Progress:
         with self._lock:
             if self._closed:
                 return
-            counted = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+            counted = (progress.MofNCompleteColumn(), progress.TimeRemainingColumn()) if self._counted else ()
             self._bar = progress.Progress(
                 progress.SpinnerColumn(),
                 progress.TextColumn("{task.description}"),
-                *(counted if self._total is not None else ()),
+                *((progress.BarColumn(), *counted) if self._total is not None else ()),
                 progress.TimeElapsedColumn(),
                 console=RichConsole(stderr=True),
                 transient=True,

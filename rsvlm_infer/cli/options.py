@@ -144,3 +144,24 @@ def parse_bands(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"--bands must be numbers with commas, got {text!r}; write for example --bands 3,2,1") from None
+
+
+def parse_labels(labels: str | None, labels_file: Path | None) -> list[str]:
+    """The labels of --labels or of --labels-file.
+
+    Raises:
+        InputError: both, neither, or a file that cannot be read.
+    """
+    if (labels is None) == (labels_file is None):
+        raise InputError(
+            "give the labels by either --labels or --labels-file, got both or neither; write --labels forest,harbor"
+        )
+    if labels is not None:
+        return [label.strip() for label in labels.split(",")]
+    assert labels_file is not None
+    try:
+        return [line.strip() for line in labels_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--labels-file {labels_file} cannot be read ({error}); pass a text file with one label on each line"
+        ) from None

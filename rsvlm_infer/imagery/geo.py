@@ -5,28 +5,30 @@ Imported only when a raster is opened; rasterio is the extra `[geo]`.
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
-from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
-from rasterio.warp import transform as warp_transform
 from rasterio.windows import Window
 
 from ..errors import ImageReadError, InputError
-from .source import Scene, StretchChoice, check_stretch, choose_bands
+from .access import SAFE_DRIVERS
+from .coarse import Blocks, Chunk, Coarse, chunks, coarse_factor, make_coarse
+from .georeference import georeference
+from .source import COARSE_FROM_PX, DEFAULT_MAX_RAM, Scene, StretchChoice, check_stretch, choose_bands
 
-_CACHE_MB = (256, 768)  # GDAL's default is 5 % of the machine's memory
-_CACHE_ROWS = 1024  # rows of a leaf window; a cache below one row of blocks decodes every block again and again
+_CACHE_LEAST = 64 << 20  # bytes; GDAL's default is 5 % of the machine's memory
 
 # the usual RGB bands of sensors that write nothing about their bands, by band count
 KNOWN_ORDERS: dict[int, tuple[int, int, int]] = {
@@ -43,55 +45,126 @@ _BAND_NAMES = tuple(
 )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How GDAL reads one raster: what messages call it, its options, its block cache in bytes."""
+
+    name: str
+    options: dict[str, str]
+    cache_bytes: int
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """GDAL with a bounded cache, its messages in Python's logging; its errors become one ImageReadError."""
+        try:
+            with rasterio.Env(GDAL_CACHEMAX=self.cache_bytes, GDAL_DISABLE_READDIR_ON_OPEN="TRUE", **self.options):
+                yield
+        except (RasterioError, ValueError) as error:
+            cause = error.__cause__ or error
+            reason = " ".join(str(getattr(cause, "errmsg", cause)).split()) or type(error).__name__
+            raise ImageReadError(
+                f"{self.name} cannot be read as a raster ({reason}); restore the file from its source"
+            ) from None
+
+
 def open_raster(
     source: object,
     *,
     name: str = "",
-    driver: str = "GTiff",
+    drivers: Sequence[str] = SAFE_DRIVERS,
     bands: Sequence[int] | None = None,
     stretch: StretchChoice = "auto",
+    max_ram_bytes: int = DEFAULT_MAX_RAM,
+    options: Mapping[str, str] | None = None,
 ) -> RasterScene:
     """A scene from a raster file, its bytes, or an open rasterio dataset (which stays the caller's to close).
 
-    driver: the only GDAL driver that may open a file; VRT and the like could point at other files and at the network.
+    drivers: the only GDAL drivers that may open a file; VRT and the like could point at other files and at the network.
+    max_ram_bytes: as in `open_scene`. options: GDAL options that hold while this scene is read.
 
     Raises:
         InputError: `bands` or `stretch` do not fit the raster.
         ImageReadError: damaged, unsupported, complex or without bands.
     """
-    memory: MemoryFile | None = None
-    owned = isinstance(source, (str, Path, bytes))
     name = name or str(getattr(source, "name", source))
-    with _reading(name, _CACHE_MB[0]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        if isinstance(source, bytes):
-            memory = MemoryFile(source)
-            dataset = memory.open(driver=driver)
-        else:
-            dataset = rasterio.open(source, driver=driver) if isinstance(source, (str, Path)) else source
+    reading = Reading(name, dict(options or {}), _CACHE_LEAST)
+    handle = _Handle.open(source, list(drivers), reading)
     try:
-        return RasterScene(dataset, name, bands, stretch, owned=[dataset, memory] if owned else [])
+        return RasterScene(handle, name, bands, stretch, max_ram_bytes, reading)
     except BaseException:
-        if owned:
-            dataset.close()
-        if memory is not None:
-            memory.close()
+        handle.close()
         raise
+
+
+@dataclass(frozen=True)
+class _Handle:
+    """An open dataset and how to open another one like it. `owned` is what closes with it."""
+
+    dataset: Any
+    source: object
+    drivers: list[str]
+    owned: tuple[Any, ...]
+
+    @classmethod
+    def open(cls, source: object, drivers: list[str], reading: Reading) -> _Handle:
+        """A path, bytes, or a dataset that stays its owner's to close."""
+        if not isinstance(source, (str, Path, bytes)):
+            return cls(source, source, drivers, ())
+        with reading.guarded(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            if not isinstance(source, bytes):
+                # not shared: two threads must never meet in one GDAL dataset
+                dataset = _first_open(drivers, lambda driver: rasterio.open(source, driver=driver, sharing=False))
+                return cls(dataset, source, drivers, (dataset,))
+            memory = MemoryFile(source)
+            try:
+                dataset = _first_open(drivers, lambda driver: memory.open(driver=driver))
+            except BaseException:
+                memory.close()
+                raise
+            return cls(dataset, source, drivers, (dataset, memory))
+
+    def again(self, reading: Reading) -> _Handle:
+        """Another handle on the same raster."""
+        source = self.source if self.owned else self.dataset.name
+        return _Handle.open(source, self.drivers if self.owned else [self.dataset.driver], reading)
+
+    def close(self) -> None:
+        for item in self.owned:
+            item.close()
+
+
+def _first_open(drivers: Sequence[str], opening: Callable[[str], Any]) -> Any:
+    """The dataset of the first driver that knows the file; else the error that says most."""
+    errors: list[RasterioError] = []
+    for driver in drivers:
+        try:
+            return opening(driver)
+        except RasterioError as error:
+            errors.append(error)
+    raise next((error for error in errors if "not recognized" not in str(error)), errors[-1])
 
 
 class RasterScene(Scene):
     """A scene read by windows; GDAL's overviews and masks are used where there are any."""
 
     def __init__(
-        self, dataset: Any, name: str, bands: Sequence[int] | None, stretch: StretchChoice, *, owned: list[Any]
+        self,
+        handle: _Handle,
+        name: str,
+        bands: Sequence[int] | None,
+        stretch: StretchChoice,
+        max_ram_bytes: int,
+        reading: Reading,
     ) -> None:
+        dataset = handle.dataset
         if not hasattr(dataset, "read_masks"):
             raise InputError(f"source must be an open rasterio dataset, got {type(dataset).__name__}; use rasterio.open")
         if dataset.closed:
             raise InputError(f"source must be an open rasterio dataset, {name} is closed; open it again")
         if dataset.count < 1:
             raise ImageReadError(f"{name} holds no bands of its own, expected at least 1; export one of its subdatasets")
-        self._dataset, self._owned = dataset, owned
+        self._handle, self._dataset, self._max_ram_bytes = handle, dataset, max_ram_bytes
         self.name, self.height, self.width, self.count = name, dataset.height, dataset.width, dataset.count
         interpretation = list(dataset.colorinterp)
         self._bands = choose_bands(bands, self.count, default_bands(interpretation, dataset.descriptions), name)
@@ -101,31 +174,97 @@ class RasterScene(Scene):
                 f"{name} has complex values ({dtypes[0]}), expected real ones; write its magnitude to a new file first"
             )
         self._palette = _palette(dataset, self._bands)
+        self.num_shown = 3 if self._palette is not None else len(self._bands)
         self.dtype = "uint8" if self._palette is not None else dtypes[0]
-        self._stretch_choice = check_stretch(stretch, self.dtype, name)
+        self._stretch_choice = check_stretch(stretch, self.dtype, self.num_shown, name)
         known_rgb = self.count == 3 or {ColorInterp.red, ColorInterp.green, ColorInterp.blue} <= set(interpretation)
         self._display_ready = self._palette is not None or (self.dtype == "uint8" and known_rgb)
         self._flags = [dataset.mask_flag_enums[band - 1] for band in self._bands]
         masked = self._palette is not None or dtypes[0].startswith("float")
         self.all_valid = not masked and all(MaskFlags.all_valid in flags for flags in self._flags)
-        row_bytes = dataset.width * dataset.count * np.dtype(dtypes[0]).itemsize
-        block_rows = max(dataset.block_shapes[0][0], _CACHE_ROWS)
-        self._cache_mb = min(max(_CACHE_MB[0], row_bytes * block_rows * 5 // 4 >> 20), _CACHE_MB[1])
-        georeferenced = dataset.crs is not None or not dataset.transform.is_identity
-        if georeferenced:
-            self.transform = tuple(dataset.transform)[:6]
-            corners = ((0, 0), (self.width, 0), (0, self.height), (self.width, self.height))
-            xs, ys = zip(*(_place(dataset.transform, *corner) for corner in corners), strict=True)
-            self.bounds = (min(xs), min(ys), max(xs), max(ys))
-        if dataset.crs is not None:
-            self.crs = dataset.crs.to_string()
-            self.gsd_native_m = ground_sampling_distance(dataset)
+        self._blocks = self._stored()
+        self._reading = replace(reading, cache_bytes=self._blocks.cache_bytes)
+        self._georeference = georeference(dataset)
+        self.transform, self.lost = self._georeference.transform, self._georeference.lost
+        self.bounds = self._georeference.bounds(self.height, self.width)
+        if self._georeference.crs is not None:
+            self.crs, self.crs_wkt = self._georeference.crs.to_string(), self._georeference.wkt
+        self.gsd_native_m = self.gsd_at(self.height / 2, self.width / 2)
+
+    def gsd_at(self, row: float, col: float) -> float | None:
+        return self._georeference.gsd(row, col)
+
+    def twin(self) -> RasterScene:
+        """Another handle on the file. The stretch is this scene's, also when it was fitted."""
+        stretch: StretchChoice = "none" if self.stretch is None else (self.stretch.low, self.stretch.high)
+        handle = self._handle.again(self._reading)
+        try:
+            return RasterScene(handle, self.name, self._bands, stretch, self._max_ram_bytes, self._reading)
+        except BaseException:
+            handle.close()
+            raise
 
     def close(self) -> None:
         """Closes the file when this scene opened it."""
-        for item in self._owned:
-            if item is not None:
-                item.close()
+        self._handle.close()
+
+    def _stored(self) -> Blocks:
+        """How the file is stored, with a cache for two rows of blocks: what decodes each block once in a pass over the raster.
+
+        Raises:
+            ImageReadError: not even one block fits.
+        """
+        dataset = self._dataset
+        block_height, block_width = dataset.block_shapes[self._bands[0] - 1]
+        itemsize = np.dtype(dataset.dtypes[self._bands[0] - 1]).itemsize
+        # pixel-interleaved files decode all bands of a block together
+        together = dataset.count if dataset.interleaving is Interleaving.pixel else len(self._bands)
+        most, block_bytes = self._max_ram_bytes // 2, block_height * block_width * itemsize * together
+        if block_bytes > most:
+            raise ImageReadError(
+                f"{self.name} stores {block_height} x {block_width} pixels in one block, {block_bytes / 2**20:.0f} MiB that must be "
+                f"decoded at once, more than half of max_ram_bytes={self._max_ram_bytes:,}; raise it to {2 * block_bytes:,} "
+                "(--max-ram), or save the file as a tiled GeoTIFF"
+            )
+        rows_of_blocks = 2 * dataset.width * block_height * itemsize * together
+        cache_bytes = int(min(max(_CACHE_LEAST, rows_of_blocks), most))
+        return Blocks(block_height, block_width, itemsize * len(self._bands), itemsize * together, cache_bytes)
+
+    @property
+    def _costly(self) -> bool:
+        """Without overviews, whatever is asked of the whole raster decodes the whole raster."""
+        return (
+            self.height * self.width > COARSE_FROM_PX and self._palette is None and not self._dataset.overviews(self._bands[0])
+        )
+
+    def _read_coarse(self) -> Coarse:
+        dtype = np.dtype(self.dtype)
+        factor = coarse_factor(self.height, self.width, len(self._bands), dtype.itemsize)
+        steps = chunks(self.height, self.width, self._blocks, factor)
+        fills = None if self._nodata is None else self._nodata.tolist()
+        return make_coarse(self.height, self.width, len(self._bands), dtype, factor, steps, self._read_step, fills)
+
+    def _read_step(self, step: Chunk, cells: NDArray[Any]) -> NDArray[np.bool_] | None:
+        """Fills `cells` [C, h, w] with native values; their validity, None where all is valid or nodata alone decides."""
+        window = Window(step.col_off, step.row_off, step.width, step.height)
+        with self._reading.guarded():
+            self._dataset.read(list(self._bands), window=window, out=cells)
+            if self._nodata is not None or self.all_valid:
+                return None
+            valid = self._read_valid(window, step.height, step.width).transpose(2, 0, 1)
+        return valid & np.isfinite(cells) if cells.dtype.kind == "f" else valid
+
+    @cached_property
+    def _nodata(self) -> NDArray[Any] | None:
+        """[C], the one value of each shown band that is no measurement, where nothing else masks an integer raster."""
+        values = [self._dataset.nodatavals[band - 1] for band in self._bands]
+        dtype = np.dtype(self.dtype)
+        if dtype.kind not in "iu" or any(flags != [MaskFlags.nodata] for flags in self._flags):
+            return None
+        limits = np.iinfo(dtype)
+        if any(value is None or value != int(value) or not limits.min <= int(value) <= limits.max for value in values):
+            return None
+        return np.array([int(value) for value in values], dtype=dtype)
 
     def _read_raw(
         self, row_off: float, col_off: float, height: float, width: float, out_height: int, out_width: int
@@ -136,7 +275,7 @@ class RasterScene(Scene):
         count = len(self._bands)
         # a class number has no mean: palettes take the most frequent class
         resampling = Resampling.average if self._palette is None else Resampling.mode
-        with _reading(self.name, self._cache_mb):
+        with self._reading.guarded():
             values = self._dataset.read(
                 list(self._bands), window=window, out_shape=(count, out_height, out_width), resampling=resampling
             ).transpose(1, 2, 0)  # [oh, ow, C]
@@ -184,36 +323,8 @@ def default_bands(interpretation: Sequence[Any], descriptions: Sequence[str | No
 
 
 def ground_sampling_distance(dataset: Any) -> float | None:
-    """Side in metres of the square that has one pixel's ground area at the scene's centre; None without a usable crs.
-
-    Projected systems: crs units times their metre factor, on Mercator also times cos(latitude), because there a crs metre
-    is longer than a metre on the ground. Geographic systems: degrees times the length of a degree at that latitude.
-    """
-    transform, crs = dataset.transform, dataset.crs
-    x, y = _place(transform, dataset.width / 2, dataset.height / 2)
-    try:
-        if crs.is_geographic:
-            latitude = math.radians(max(-90.0, min(90.0, y)))
-            metres_x = 111412.84 * math.cos(latitude) - 93.5 * math.cos(3 * latitude)
-            metres_y = 111132.954 - 559.822 * math.cos(2 * latitude) + 1.175 * math.cos(4 * latitude)
-        elif crs.is_projected:
-            metres_x = metres_y = float(crs.linear_units_factor[1])
-            if crs.to_dict().get("proj") in ("merc", "webmerc"):
-                latitude = math.radians(warp_transform(crs, "EPSG:4326", [x], [y])[1][0])
-                metres_x = metres_y = metres_x * math.cos(latitude)
-        else:
-            return None
-    except RasterioError:  # a local or damaged crs without units
-        return None
-    column = math.hypot(transform.a * metres_x, transform.d * metres_y)
-    row = math.hypot(transform.b * metres_x, transform.e * metres_y)
-    distance = math.sqrt(column * row)
-    return distance if math.isfinite(distance) and distance > 0 else None
-
-
-def _place(transform: Any, col: float, row: float) -> tuple[float, float]:
-    """Pixel corner -> crs coordinates; affine 2 writes this product `*`, affine 3 `@`."""
-    return transform.a * col + transform.b * row + transform.c, transform.d * col + transform.e * row + transform.f
+    """`Georeference.gsd` at a dataset's centre."""
+    return georeference(dataset).gsd(dataset.height / 2, dataset.width / 2)
 
 
 def _palette(dataset: Any, bands: tuple[int, ...]) -> NDArray[np.uint8] | None:
@@ -228,15 +339,3 @@ def _palette(dataset: Any, bands: tuple[int, ...]) -> NDArray[np.uint8] | None:
     for index, colour in colours.items():
         table[index] = colour
     return table
-
-
-@contextmanager
-def _reading(name: str, cache_mb: int) -> Iterator[None]:
-    """GDAL with a bounded cache, its messages in Python's logging; its errors become one ImageReadError."""
-    try:
-        with rasterio.Env(GDAL_CACHEMAX=cache_mb, GDAL_DISABLE_READDIR_ON_OPEN="TRUE"):
-            yield
-    except (RasterioError, ValueError) as error:
-        cause = error.__cause__ or error
-        reason = " ".join(str(getattr(cause, "errmsg", cause)).split()) or type(error).__name__
-        raise ImageReadError(f"{name} cannot be read as a raster ({reason}); restore the file from its source") from None

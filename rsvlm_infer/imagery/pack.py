@@ -138,31 +138,52 @@ def _same_source(tile: Tile, other: Tile) -> bool:
     return corner == (other.row_off, other.col_off, other.height, other.width, other.canvas)
 
 
-def _read_once(scene: Scene, plan: TilePlan) -> NDArray[np.uint8] | None:
-    """The whole scene reduced as far as its finest tile allows, uint8 [h, w, 3]; None where reading by windows is better.
+@dataclass(frozen=True, eq=False)
+class _Reduced:
+    """The whole scene with `reduction` native pixels per pixel and side: uint8 [h, w, 3].
+
+    cells: its pixels are squares of exactly so many native ones, the last of a row or column cut; else they divide the scene evenly.
+    """
+
+    rgb: NDArray[np.uint8]
+    reduction: float
+    cells: bool
+
+    def window(self, scene: Scene, top: int, left: int, bottom: int, right: int) -> NDArray[np.uint8]:
+        """A native rectangle, its rims rounded to pixels of this copy, at least one of them."""
+        y0, y1 = self._span(top, bottom, scene.height, self.rgb.shape[0])
+        x0, x1 = self._span(left, right, scene.width, self.rgb.shape[1])
+        return self.rgb[y0:y1, x0:x1]
+
+    def _span(self, start: int, stop: int, native: int, out: int) -> tuple[int, int]:
+        scale = 1 / self.reduction if self.cells else out / native
+        first = min(round(start * scale), out - 1)
+        return first, max(first + 1, out if stop == native else round(stop * scale))
+
+
+def _read_once(scene: Scene, plan: TilePlan) -> _Reduced | None:
+    """The whole scene reduced as far as its finest tile allows, or its coarse copy; None where reading by windows is better.
 
     Leaves lie side by side, so windows of a striped file without overviews would decode the same rows again and again.
     """
+    if (copy := scene.coarse) is not None:
+        return _Reduced(*copy, cells=True)
     reduction = min(_reduction(scene, tile) for tile in plan.tiles)
     height, width = math.ceil(scene.height / reduction), math.ceil(scene.width / reduction)
     if reduction == 1 or height * width > EXACT_SCENE_PX:
         return None
-    return scene.read(0, 0, scene.height, scene.width, height, width)[0]
+    rgb, _ = scene.read(0, 0, scene.height, scene.width, height, width)
+    return _Reduced(rgb, max(scene.height / height, scene.width / width), cells=False)
 
 
-def _read_tile(
-    scene: Scene, reduced: NDArray[np.uint8] | None, tile: Tile, pad_value: tuple[int, int, int]
-) -> NDArray[np.uint8]:
+def _read_tile(scene: Scene, reduced: _Reduced | None, tile: Tile, pad_value: tuple[int, int, int]) -> NDArray[np.uint8]:
     """The tile's window, native or reduced, padded where it reaches beyond the scene: uint8 [h, w, 3]."""
     top, bottom = max(tile.row_off, 0), min(tile.row_off + tile.height, scene.height)
     left, right = max(tile.col_off, 0), min(tile.col_off + tile.width, scene.width)
-    if reduced is not None:
-        y0, y1 = _span(top, bottom, scene.height, reduced.shape[0])
-        x0, x1 = _span(left, right, scene.width, reduced.shape[1])
-        rgb = reduced[y0:y1, x0:x1]
-        reduction = max(scene.height / reduced.shape[0], scene.width / reduced.shape[1])
+    reduction: float = _reduction(scene, tile)
+    if reduced is not None and (not reduced.cells or reduced.reduction <= reduction):
+        rgb, reduction = reduced.window(scene, top, left, bottom, right), reduced.reduction
     else:
-        reduction = _reduction(scene, tile)
         height, width = bottom - top, right - left
         rgb, _ = scene.read(top, left, height, width, math.ceil(height / reduction), math.ceil(width / reduction))
     above, below = round((top - tile.row_off) / reduction), round((tile.row_off + tile.height - bottom) / reduction)
@@ -181,12 +202,6 @@ def _reduction(scene: Scene, tile: Tile) -> int:
     if max(scene.height * scene.width, tile.height * tile.width) <= limit:
         return 1
     return max(1, min(tile.height // tile.canvas[0], tile.width // tile.canvas[1]) // 2)
-
-
-def _span(start: int, stop: int, native: int, out: int) -> tuple[int, int]:
-    """Native positions start..stop of a side of `native` pixels on a side of `out` pixels, at least one pixel long."""
-    first = min(round(start * out / native), out - 1)
-    return first, max(first + 1, round(stop * out / native))
 
 
 def _resized(pixels: NDArray[np.uint8], canvas: tuple[int, int], resample: str) -> NDArray[np.uint8]:

@@ -5,15 +5,12 @@ Nothing here touches the network: an address is refused before anything opens it
 
 from __future__ import annotations
 
-import io
 import logging
 import math
-import re
-import threading
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -21,30 +18,24 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import ImageReadError, InputError, MissingDependencyError
+from .access import Access, allowance, driver_of, find_source
+from .coarse import Coarse, overview_of
+from .plain import decode_plain, open_plain
 from .radiometry import Stretch, area_average, fit_stretch, to_rgb
 
 DEFAULT_MAX_PIXELS = 1 << 27  # 134 Mpx: about 1 GiB while a plain RGB image is decoded
+DEFAULT_MAX_RAM = 768 << 20  # bytes for reading one raster: GDAL's block cache, the coarse copy, windows that wait
+COARSE_FROM_PX = 1 << 25  # native pixels from which a raster without overviews is read once into a coarse copy
 OVERVIEW_PX = 1024
 _STRIP_PX = 1 << 23  # native pixels that one read holds at once
 
-StretchChoice = Literal["auto", "percentile", "none"] | tuple[float, float]
+Edge = float | tuple[float, ...]  # one value, or one for each shown band
+StretchChoice = Literal["auto", "percentile", "none"] | tuple[Edge, Edge]
 
 _log = logging.getLogger(__name__)
-_pillow_limit = threading.Lock()  # Pillow keeps its bomb limit in a module global
-_ADDRESS = re.compile(r"^(?:[A-Za-z][A-Za-z0-9+.\-]+:/|/vsi)")  # two letters or more: "C:/" is a path
-_RASTER_MAGIC = {  # first bytes -> GDAL driver
-    b"II*\0": "GTiff",
-    b"MM\0*": "GTiff",
-    b"II+\0": "GTiff",
-    b"MM\0+": "GTiff",
-    b"\0\0\0\x0cjP  ": "JP2OpenJPEG",
-    b"\xff\x4f\xff\x51": "JP2OpenJPEG",
-}
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")  # JPEG opens MPO too; all that Pillow knows would run Ghostscript
-_GEO_TAGS = (33550, 33922, 34264, 34735)
 
 
 class Scene(ABC):
@@ -55,10 +46,12 @@ class Scene(ABC):
         height, width: pixels of the whole scene.
         count: bands in the source.
         dtype: numpy name of the band values.
+        num_shown: bands that are shown, 1 or 3.
         gsd_native_m: ground metres per pixel, None when the source does not say.
-        crs: coordinate reference system as text, or None.
+        crs: coordinate reference system as text, or None. crs_wkt: the same as WKT2.
         transform: affine (a, b, c, d, e, f) from (column, row) to crs coordinates, or None.
         bounds: (left, bottom, right, top) in crs units, or None.
+        lost: sentences about what the georeference does not say.
         in_memory: a native read costs no decoding.
         all_valid: known without reading: there is no mask, no nodata and no NaN.
     """
@@ -68,8 +61,11 @@ class Scene(ABC):
     width: int
     count: int
     dtype: str
+    num_shown: int = 3
     gsd_native_m: float | None = None
     crs: str | None = None
+    crs_wkt: str | None = None
+    lost: tuple[str, ...] = ("there is no georeference: places are in pixels only",)
     transform: tuple[float, float, float, float, float, float] | None = None
     bounds: tuple[float, float, float, float] | None = None
     in_memory: bool = False
@@ -89,21 +85,62 @@ class Scene(ABC):
         choice = self._stretch_choice
         if choice == "none" or (choice == "auto" and self._display_ready):
             return None
-        values, valid = self._overview_raw
         if isinstance(choice, tuple):
-            return Stretch((float(choice[0]),) * values.shape[2], (float(choice[1]),) * values.shape[2])
-        return fit_stretch(values, valid)
+            low, high = (edge if isinstance(edge, tuple) else (edge,) * self.num_shown for edge in choice)
+            return Stretch(low, high)
+        return self._survey.fitted
+
+    @property
+    def stretch_from_scene(self) -> bool:
+        """Whether the stretch comes from the scene's own values, so that a crop of it would look different."""
+        return not isinstance(self._stretch_choice, tuple) and self.stretch is not None
+
+    def twin(self) -> Scene:
+        """The same scene with the same stretch for another thread, which closes it; a file gets a handle of its own."""
+        return self
+
+    def gsd_at(self, row: float, col: float) -> float | None:
+        """Ground metres per pixel at a place; `gsd_native_m` is that of the centre."""
+        return self.gsd_native_m
 
     @cached_property
-    def _overview_raw(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        return self._read_strips(0, 0, self.height, self.width, *self._overview_shape(OVERVIEW_PX), raw=True)
+    def _survey(self) -> _Survey:
+        """The one pass over a scene that decides how all of it is shown."""
+        shape = self._overview_shape(OVERVIEW_PX)
+        if not self._costly:
+            values, valid = self._read_strips(0, 0, self.height, self.width, *shape, raw=True)
+            return _Survey(values, valid, fit_stretch(values, valid))
+        copy = self._read_coarse()
+        values, valid = overview_of(copy, *shape)
+        fitted = fit_stretch(values, valid)
+        own = self._stretch_choice
+        stretch = fitted if own == "percentile" or (own == "auto" and not self._display_ready) else self.stretch
+        rgb, _ = _shown(copy.values, copy.valid, stretch)  # grey levels are enough from now on
+        return _Survey(values, valid, fitted, (rgb, copy.factor))
+
+    @property
+    def _costly(self) -> bool:
+        """Whether reading the whole scene again would decode all of it again."""
+        return False
+
+    def _read_coarse(self) -> Coarse:
+        """The whole of a costly scene, once."""
+        raise NotImplementedError
+
+    @property
+    def coarse(self) -> tuple[NDArray[np.uint8], int] | None:
+        """(rgb uint8 [h, w, 3], native pixels per cell and side) of a large raster without overviews; None of others.
+
+        The last row and column of cells may hold fewer native pixels.
+        """
+        return self._survey.coarse if self._costly else None
 
     def overview(self, max_side_px: int = OVERVIEW_PX) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """The whole scene with its long side at most `max_side_px`: (rgb uint8 [h, w, 3], mask bool [h, w])."""
         if max_side_px < 1:
             raise InputError(f"max_side_px must be at least 1, got {max_side_px}; {OVERVIEW_PX} is usual")
         if max_side_px == OVERVIEW_PX:
-            return self._shown(*self._overview_raw)
+            return _shown(self._survey.values, self._survey.valid, self.stretch)
         return self.read(0, 0, self.height, self.width, *self._overview_shape(max_side_px))
 
     def read(
@@ -169,7 +206,7 @@ class Scene(ABC):
             stop = min(out_height, start + rows)
             top, bottom = start * height / out_height, stop * height / out_height
             values, valid = self._read_raw(row_off + top, col_off, bottom - top, width, stop - start, out_width)
-            part, mask = (values, valid) if raw else self._shown(values, valid)
+            part, mask = (values, valid) if raw else _shown(values, valid, self.stretch)
             if stop - start == out_height:
                 return part, mask
             if start == 0:
@@ -178,10 +215,24 @@ class Scene(ABC):
             whole[start:stop], masks[start:stop] = part, mask
         return whole, masks
 
-    def _shown(self, values: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        grey = values if self.stretch is None else self.stretch.apply(values, valid)
-        shared = valid.strides[2] == 0  # one validity for all bands
-        return to_rgb(grey), valid[..., 0] if shared else np.asarray(valid.any(axis=2))
+
+@dataclass(frozen=True)
+class _Survey:
+    """The overview's values [h, w, C] and validity, the stretch that fits them, and the coarse copy of a costly scene."""
+
+    values: NDArray[Any]
+    valid: NDArray[np.bool_]
+    fitted: Stretch
+    coarse: tuple[NDArray[np.uint8], int] | None = None
+
+
+def _shown(
+    values: NDArray[Any], valid: NDArray[np.bool_], stretch: Stretch | None
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Grey levels uint8 [h, w, 3] and mask bool [h, w] of band values."""
+    grey = values if stretch is None else stretch.apply(values, valid)
+    shared = valid.strides[2] == 0  # one validity for all bands
+    return to_rgb(grey), valid[..., 0] if shared else np.asarray(valid.any(axis=2))
 
 
 class ArrayScene(Scene):
@@ -210,11 +261,11 @@ class ArrayScene(Scene):
         first = chosen[0] - 1
         consecutive = chosen == tuple(range(first + 1, first + 1 + len(chosen)))
         self._pixels = pixels[..., first : first + len(chosen)] if consecutive else pixels[..., [band - 1 for band in chosen]]
-        self._mask = mask
+        self._mask, self.num_shown = mask, len(chosen)
         self.all_valid = mask is None and pixels.dtype.kind != "f"
         photo = pixels.dtype == np.uint8 and self.count <= 4
         self._display_ready = photo if display_ready is None else display_ready and pixels.dtype == np.uint8
-        self._stretch_choice = check_stretch(stretch, self.dtype, name)
+        self._stretch_choice = check_stretch(stretch, self.dtype, len(chosen), name)
 
     def _read_raw(
         self, row_off: float, col_off: float, height: float, width: float, out_height: int, out_width: int
@@ -235,6 +286,9 @@ def open_scene(
     bands: Sequence[int] | None = None,
     stretch: StretchChoice = "auto",
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_ram_bytes: int = DEFAULT_MAX_RAM,
+    allow_drivers: Sequence[str] = (),
+    allow_vsi: bool = False,
 ) -> Scene:
     """A scene from anything that holds an image.
 
@@ -244,16 +298,46 @@ def open_scene(
         bands: 1 or 3 band numbers, 1-based. Default: RGB by colour interpretation or band names, else the usual order of a
             known sensor's band count, else bands 1, 2, 3, or the single band as grey.
         stretch: "auto" shows 8-bit RGB (and 8-bit grey of plain images) as it is and maps the 2-98 percentiles of anything
-            else to 0..255; "percentile" always does; "none" never (8-bit only); (low, high) sets the range by hand.
+            else to 0..255; "percentile" always does; "none" never (8-bit only); (low, high) sets the range by hand, each one number
+            or one for each shown band.
         max_pixels: refuse a plain image with more pixels (decompression bomb). Rasters are read by windows and have no limit.
+        max_ram_bytes: what reading one raster may hold; a raster whose blocks do not fit is refused.
+        allow_drivers: GDAL drivers that may open a file besides GeoTIFF and JPEG 2000; allow them for files that you trust.
+        allow_vsi: whether source may be one of GDAL's `/vsi` paths, which reach archives and the network.
 
     Raises:
         InputError: an argument is out of this contract.
-        ImageReadError: missing, damaged, unsupported or too large.
+        ImageReadError: missing, damaged, unsupported, not allowed or too large.
         MissingDependencyError: a TIFF that only rasterio can read.
     """
+    how = _How(bands, stretch, max_pixels, max_ram_bytes, Access(tuple(allow_drivers), allow_vsi))
     with within_memory(str(source) if isinstance(source, (str, Path)) else "image"):
-        return _open(source, bands, stretch, max_pixels)
+        return _open(source, how)
+
+
+@dataclass(frozen=True)
+class _How:
+    """The options of `open_scene`."""
+
+    bands: Sequence[int] | None
+    stretch: StretchChoice
+    max_pixels: int
+    max_ram_bytes: int
+    access: Access
+
+    def raster(self, source: object, name: str = "", drivers: Sequence[str] = ()) -> Scene:
+        """Through rasterio."""
+        from .geo import open_raster
+
+        return open_raster(
+            source,
+            name=name,
+            drivers=drivers,
+            bands=self.bands,
+            stretch=self.stretch,
+            max_ram_bytes=self.max_ram_bytes,
+            options=self.access.options,
+        )
 
 
 @contextmanager
@@ -268,19 +352,20 @@ def within_memory(name: str) -> Iterator[None]:
         ) from None
 
 
-def _open(source: object, bands: Sequence[int] | None, stretch: StretchChoice, max_pixels: int) -> Scene:
+def _open(source: object, how: _How) -> Scene:
     if isinstance(source, np.ndarray):
-        return _from_array(source, bands, stretch)
+        return _from_array(source, how.bands, how.stretch)
     if isinstance(source, Image.Image):
-        return _from_pillow(source, "image", bands, stretch, max_pixels)
+        return _from_pillow(source, "image", how)
     if type(source).__module__.partition(".")[0] == "rasterio":
-        from .geo import open_raster
-
-        return open_raster(source, bands=bands, stretch=stretch)
+        return how.raster(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _from_encoded(bytes(source), "bytes", bands, stretch, max_pixels)
+        return _from_encoded(bytes(source), "bytes", how)
     if isinstance(source, (str, Path)):
-        return _from_encoded(_checked_path(source), str(source), bands, stretch, max_pixels)
+        found = find_source(source, how.access)
+        if isinstance(found, str):
+            return _by_rasterio(found, how)
+        return _from_encoded(found, str(source), how)
     raise InputError(
         "source must be a path, bytes, a PIL image, a numpy array [H, W] or [H, W, C] or an open rasterio dataset, "
         f"got {type(source).__name__}; convert it to one of these"
@@ -300,17 +385,23 @@ def choose_bands(bands: Sequence[int] | None, count: int, default: tuple[int, ..
     return tuple(int(band) for band in chosen)
 
 
-def check_stretch(stretch: StretchChoice, dtype: str, name: str) -> StretchChoice:
-    """`stretch` when it is valid for `dtype`. Raises InputError."""
+def check_stretch(stretch: StretchChoice, dtype: str, num_shown: int, name: str) -> StretchChoice:
+    """`stretch` when it is valid for `num_shown` bands of `dtype`. Raises InputError."""
     if isinstance(stretch, (tuple, list)):
-        if len(stretch) == 2 and float(stretch[0]) < float(stretch[1]):
-            return (float(stretch[0]), float(stretch[1]))
+        if len(stretch) == 2:
+            low, high = (_edge(edge, num_shown) for edge in stretch)
+            if len(low) == len(high) == num_shown and all(a < b for a, b in zip(low, high, strict=True)):
+                return (low, high)
     elif stretch in ("auto", "percentile") or (stretch == "none" and dtype == "uint8"):
         return stretch
     raise InputError(
-        'stretch must be "auto", "percentile", (low, high) with low < high, or for uint8 values "none", '
-        f'got {stretch!r} for {name} with {dtype} values; use "auto"'
+        'stretch must be "auto", "percentile", (low, high) with low < high (numbers, or one for each of the '
+        f'{num_shown} shown bands), or for uint8 values "none", got {stretch!r} for {name} with {dtype} values; use "auto"'
     )
+
+
+def _edge(edge: Any, num_shown: int) -> tuple[float, ...]:
+    return tuple(float(value) for value in edge) if isinstance(edge, (tuple, list)) else (float(edge),) * num_shown
 
 
 def _from_array(array: NDArray[Any], bands: Sequence[int] | None, stretch: StretchChoice) -> Scene:
@@ -326,25 +417,17 @@ def _from_array(array: NDArray[Any], bands: Sequence[int] | None, stretch: Stret
     return ArrayScene(array, None, name="array", bands=bands, stretch=stretch)
 
 
-def _checked_path(source: str | Path) -> Path:
-    text = str(source)
-    if _ADDRESS.match(text):
-        raise ImageReadError(f"source must be a local file, got the address {text!r}; download it and pass the file's path")
-    path = Path(source)
+def _by_rasterio(source: str, how: _How) -> Scene:
+    """A name that only GDAL can resolve."""
     try:
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise ImageReadError(f"{path} cannot be opened ({error.strerror}); check the path and its permissions") from None
-    if is_folder:
-        raise ImageReadError(f"{path} is a folder, expected an image file; pass one of the files in it")
-    if not is_file:
-        raise ImageReadError(f"{path} does not exist; check the path")
-    return path
+        return how.raster(source, source, how.access.drivers)
+    except ImportError:
+        raise MissingDependencyError(
+            f"{source} needs rasterio, which is not installed; pip install 'rsvlm-infer[geo]'"
+        ) from None
 
 
-def _from_encoded(
-    source: Path | bytes, name: str, bands: Sequence[int] | None, stretch: StretchChoice, max_pixels: int
-) -> Scene:
+def _from_encoded(source: Path | bytes, name: str, how: _How) -> Scene:
     """A file or its bytes: rasters go to rasterio when it is installed, everything else to Pillow."""
     try:
         if isinstance(source, Path):
@@ -356,100 +439,26 @@ def _from_encoded(
         raise ImageReadError(f"{name} cannot be opened ({error.strerror}); check the file's permissions") from None
     if not head:
         raise ImageReadError(f"{name} is empty (0 bytes), expected an image; restore it from its source")
-    driver = next((driver for magic, driver in _RASTER_MAGIC.items() if head.startswith(magic)), None)
+    driver = driver_of(head)
     if driver:
         try:
-            from .geo import open_raster
+            return how.raster(source, name, (driver,))
         except ImportError:
             _log.info("%s: rasterio is not installed, reading through Pillow without georeference or nodata", name)
-        else:
-            return open_raster(source, name=name, driver=driver, bands=bands, stretch=stretch)
     try:
-        with _pillow_open(source, name, max_pixels) as image:
-            return _from_pillow(image, name, bands, stretch, max_pixels)
+        with open_plain(source, name, how.max_pixels) as image:
+            return _from_pillow(image, name, how)
     except ImageReadError as error:
         if driver:
             raise MissingDependencyError(
                 f"{name} is a raster that needs rasterio, which is not installed ({error}); pip install 'rsvlm-infer[geo]'"
             ) from None
-        raise
+        if how.access.allow_drivers:
+            return how.raster(source, name, how.access.allow_drivers)
+        raise ImageReadError(f"{error}{allowance(name, how.access.allow_drivers)}") from None
 
 
-def _pillow_open(source: Path | bytes, name: str, max_pixels: int) -> Image.Image:
-    """Opens the header only. Pillow's own limit steps aside while ours is checked, because ours can be raised."""
-    stream: Path | io.BytesIO = source if isinstance(source, Path) else io.BytesIO(source)
-    with _pillow_limit, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            image = Image.open(stream, formats=_FORMATS)
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise _unreadable(name, error) from None
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-    if image.width * image.height > max_pixels:
-        image.close()
-        raise ImageReadError(
-            f"{name} has {image.height * image.width:,} pixels, more than max_pixels={max_pixels:,}; "
-            "if you trust it raise max_pixels, or save it as a tiled GeoTIFF, which is read by windows"
-        )
-    return image
-
-
-def _from_pillow(image: Image.Image, name: str, bands: Sequence[int] | None, stretch: StretchChoice, max_pixels: int) -> Scene:
-    if image.width * image.height > max_pixels:
-        raise ImageReadError(
-            f"{name} has {image.height * image.width:,} pixels, more than max_pixels={max_pixels:,}; raise max_pixels"
-        )
-    try:
-        pixels, mask = _decode(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
-        raise _unreadable(name, error) from None
+def _from_pillow(image: Image.Image, name: str, how: _How) -> Scene:
+    pixels, mask = decode_plain(image, name, how.max_pixels)
     display_ready = not (image.format == "TIFF" and pixels.ndim == 2)  # grey TIFFs are stretched, with rasterio or without
-    if image.format == "TIFF" and any(tag in getattr(image, "tag_v2", {}) for tag in _GEO_TAGS):
-        _log.info("%s: its georeference is not read without rasterio; pip install 'rsvlm-infer[geo]'", name)
-    return ArrayScene(pixels, mask, name=name, bands=bands, stretch=stretch, display_ready=display_ready)
-
-
-def _decode(image: Image.Image) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
-    """Upright pixels, uint8 [H, W] or [H, W, 3] or a wider grey [H, W], and the mask of its transparency (None = all valid)."""
-    image.load()
-    upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
-    transparency = upright.info.get("transparency")
-    mask: NDArray[np.bool_] | None = None
-    if upright.mode.startswith(("I", "F")):
-        wide = np.asarray(upright)
-        return wide, wide != transparency if isinstance(transparency, int) else None
-    if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or transparency is not None:
-        mode = "LA" if upright.mode == "LA" else "RGBA"
-        upright = upright.convert(mode)
-        mask = np.asarray(upright.getchannel("A")) > 0
-    mode = "L" if upright.mode in ("1", "L", "LA") else "RGB"
-    upright = upright if upright.mode == mode else upright.convert(mode)
-    out = np.empty((upright.height, upright.width) + ((3,) if mode == "RGB" else ()), dtype=np.uint8)
-    rows = max(1, _STRIP_PX // upright.width)
-    for start in range(0, upright.height, rows):  # one np.asarray of the whole would hold three copies
-        stop = min(upright.height, start + rows)
-        out[start:stop] = np.asarray(upright.crop((0, start, upright.width, stop)))
-    return out, mask
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation 1..8; 1 when the EXIF block is damaged, because the pixels are not."""
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except Exception as error:
-        _log.info("EXIF ignored, it cannot be read (%s)", error)
-        return 1
-
-
-def _unreadable(name: str, error: Exception) -> ImageReadError:
-    if isinstance(error, UnidentifiedImageError):
-        reason = "not a JPEG, PNG, WebP, TIFF, GIF or BMP image"
-    else:
-        reason = " ".join(str(error).split()) or type(error).__name__
-    return ImageReadError(f"{name} cannot be read as an image ({reason}); restore the file or convert it to PNG or GeoTIFF")
+    return ArrayScene(pixels, mask, name=name, bands=how.bands, stretch=how.stretch, display_ready=display_ready)

@@ -23,7 +23,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..config import RsvlmConfig
-from ..contract import DRAFTS
+from ..contract import CERTIFICATE, DRAFTS
 from ..errors import CheckpointError
 
 MAX_JSON_BYTES = 64 << 20  # a shard index of a 70B model is 0.1 MiB, the largest public tokenizer.json about 35 MiB
@@ -197,6 +197,20 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """Hex sha256 of all files of a checkpoint or package that make up the model: config, weights, tokenizer, knowledge.
+
+    A package's manifest names its graphs by their sha256; its certificate changes no prediction.
+    """
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix in (".json", ".jsonl", ".safetensors") and path.name != CERTIFICATE
+    )
+    lines = (f"{path.relative_to(folder).as_posix()} {sha256_of(path)}" for path in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:

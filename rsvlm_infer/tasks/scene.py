@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class ScenePlan:
     """What DRIS decided about one image, what that loses, and what it took.
 
     gsd_native_m, gsd_effective_m: ground metres per native pixel and per encoded pixel, the latter the mean over the scene
-    (`TilePlan.scale`); None when the source does not say.
+    (`TilePlan.scale`); None when the source does not say. valid_share: of the scene's area, as its overview shows it.
     """
 
     source: str
@@ -89,6 +89,7 @@ class ScenePlan:
     gsd_native_m: float | None
     gsd_effective_m: float | None
     warnings: tuple[str, ...]
+    valid_share: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -102,8 +103,8 @@ class ScenePlan:
 class PreparedScene(ScenePlan):
     """A planned image, ready for the vision encoder."""
 
-    packed: PackedScene
-    preprocess_ms: float
+    packed: PackedScene = field(kw_only=True)
+    preprocess_ms: float = field(kw_only=True)
 
 
 def source_name(source: Any) -> str:
@@ -140,13 +141,30 @@ def prepare_scene(
     Raises:
         ImageReadError: the image cannot be read or has no valid pixel. InputError: settings that do not fit the checkpoint.
     """
-    planned = settings.apply(config)
+    settings.apply(config)  # refused before anything is opened
     started = time.perf_counter()
     with _open(source, settings) as scene:
-        report = _Planner(scene, planned, config, settings, region_scores).report(source_name(source), started)
-        packing = time.perf_counter()
-        packed = _pack(scene, report.plan, planned)
-        preprocess_ms = (time.perf_counter() - packing) * 1e3
+        return prepare_opened(scene, source_name(source), config, settings, region_scores, started)
+
+
+def prepare_opened(
+    scene: Scene,
+    source: str,
+    config: RsvlmConfig,
+    settings: SceneSettings,
+    region_scores: RegionScores | None = None,
+    started: float | None = None,
+) -> PreparedScene:
+    """`prepare_scene` for a scene that is open and stays so; its bands and its limit on pixels were chosen when it was opened.
+
+    source: what reports call it. started: when the reading began, by perf_counter; default now.
+    """
+    started = time.perf_counter() if started is None else started
+    planned = settings.apply(config)
+    report = _Planner(scene, planned, config, settings, region_scores).report(source, started)
+    packing = time.perf_counter()
+    packed = _pack(scene, report.plan, planned)
+    preprocess_ms = (time.perf_counter() - packing) * 1e3
     values = {item.name: getattr(report, item.name) for item in dataclasses.fields(report)}
     return PreparedScene(**values, packed=packed, preprocess_ms=preprocess_ms)
 
@@ -206,7 +224,8 @@ class _Planner:
         effective = None if native is None else native * plan.scale
         warnings += budget_warnings(self.settings, self.checkpoint)
         warnings += scale_warnings(plan, native, self.checkpoint)
-        return ScenePlan(source, plan, num_tokens, read_ms, plan_ms, native, effective, warnings)
+        valid_share = 1.0 if overview is None else float(overview[1].mean())
+        return ScenePlan(source, plan, num_tokens, read_ms, plan_ms, native, effective, warnings, valid_share)
 
     def _relevance(self, complexity: ComplexityMap) -> npt.NDArray[np.float32] | None:
         """A coarse pass, or None when it does not divide the scene."""

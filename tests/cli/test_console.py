@@ -144,6 +144,23 @@ def test_a_bar_appears_after_a_while_on_a_terminal_and_makes_way_for_data(
     assert capsys.readouterr().out == "line 1\nline 2\n"
 
 
+def test_a_bar_of_a_share_shows_the_words_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(cli_console, "PROGRESS_AFTER_S", 0.01)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    with cli_console.Console().working("opening scenes", 1, counted=False) as bar:
+        bar.show(0.25, "12 of 40 windows")  # before the bar appears
+        time.sleep(0.3)
+        assert "12 of 40 windows" in terminal.text
+        bar.show(0.5, "20 of 40 windows")
+        time.sleep(0.3)
+    assert "20 of 40 windows" in terminal.text
+    assert "0/1" not in terminal.text
+    assert "opening scenes" not in terminal.text
+
+
 def test_short_work_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

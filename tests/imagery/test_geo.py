@@ -307,11 +307,6 @@ def test_gsd_of_geographic_systems_is_taken_at_the_centre_latitude(tmp_path: Pat
 def test_scenes_without_a_usable_reference_have_no_gsd(tmp_path: Path) -> None:
     assert gsd(tmp_path, crs=None) is None
     assert gsd(tmp_path, crs=None, transform=Affine.identity()) is None
-    gcps = [rasterio.control.GroundControlPoint(row, col, col * 10.0, row * 10.0) for row in (0, 9) for col in (0, 9)]
-    path = write(tmp_path / "gcps.tif", np.zeros((1, 10, 10), np.uint8), crs="EPSG:4326", transform=None, gcps=gcps)
-    with open_scene(path) as scene:
-        assert (scene.gsd_native_m, scene.crs, scene.transform, scene.bounds) == (None, None, None, None)
-        assert scene.read(0, 0, 10, 10)[1].all()
     local = CRS.from_wkt('LOCAL_CS["site",UNIT["metre",1]]')
     dataset = type("Dataset", (), {"crs": local, "transform": Affine.scale(2), "width": 4, "height": 4})
     assert ground_sampling_distance(dataset) is None

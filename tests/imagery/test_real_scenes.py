@@ -29,7 +29,7 @@ READABLE: dict[str, tuple[tuple[int, int], tuple[int, ...], float | None, float]
     "cog.tif": ((2667, 2658), (1,), 100.011, 1.0),
     "cog_cmap.tif": ((8704, 7168), (1,), 0.917, 0.557),
     "cog_dateline.tif": ((2355, 2325), (1,), 100.013, 1.0),
-    "cog_gcps.tif": ((837, 1280), (1,), None, 1.0),
+    "cog_gcps.tif": ((837, 1280), (1,), 201.8, 1.0),
     "cog_nodata.tif": ((2667, 2658), (1,), 100.011, 0.52),
     "cog_world.tif": ((18000, 36000), (1,), 1109.5, 0.35),
     "float_nan.tif": ((2, 3), (1,), None, 5 / 6),

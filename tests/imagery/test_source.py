@@ -296,7 +296,7 @@ def test_a_path_that_the_system_refuses_is_named(tmp_path: Path, monkeypatch: py
         open_scene(tmp_path / "b.png")
 
 
-@pytest.mark.parametrize("step", ["PIL.Image.open", "rsvlm_infer.imagery.source._decode"])
+@pytest.mark.parametrize("step", ["PIL.Image.open", "rsvlm_infer.imagery.plain._decode"])
 def test_running_out_of_memory_is_an_error_of_that_image(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "scene.png"
     Image.fromarray(RGB).save(path)
@@ -350,7 +350,7 @@ def test_wrong_types_and_shapes() -> None:
 
 def test_tiff_without_rasterio_falls_back_to_pillow(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "rsvlm_infer.imagery.geo", None)  # `import` of it raises ImportError
-    caplog.set_level("INFO", logger="rsvlm_infer.imagery.source")
+    caplog.set_level("INFO", logger="rsvlm_infer.imagery")
     assert (read_all(encoded(Image.fromarray(RGB), "TIFF"))[0] == RGB).all()
     georeferenced = encoded(Image.fromarray(RGB), "TIFF", tiffinfo={33550: (10.0, 10.0, 0.0)})
     assert (read_all(georeferenced)[0] == RGB).all()
