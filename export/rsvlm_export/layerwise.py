@@ -93,7 +93,8 @@ def round_language(
     Args:
         texts: with held-out answers among them.
     """
-    kinds = {EMBEDDINGS: "int8"} if model.lm_head is None else {EMBEDDINGS: "int8", HEAD: "int8"}
+    tables = (EMBEDDINGS,) if model.lm_head is None else (EMBEDDINGS, HEAD)
+    kinds = dict.fromkeys(tables, "bf16" if model.config.hidden_size % GROUP else "int8")
     for index, layer in enumerate(model.layers):
         kinds |= {f"{_layer_name(index)}{NAMES[step]}": "int4" for step in STEPS if _in_groups(layer, step)}
     damages: dict[str, float] = {}
