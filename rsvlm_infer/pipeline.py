@@ -109,6 +109,7 @@ class RSVLM:
         self.tokenizer = tokenizer
         self.folder = folder
         self.engine = Engine(backend, max_batch, draft_table=draft_table)
+        self._last_query: tuple[str, Query] | None = None
         self._label_texts: tuple[str, ...] = ()
         self._label_embeddings: npt.NDArray[np.float32] = np.zeros((0, 0), dtype=np.float32)
 
@@ -446,7 +447,7 @@ class RSVLM:
             return []
         query = None
         if text is not None and self.config.augmentation is not None:
-            query = Query(np.array(self.tokenizer.encode(text), dtype=np.int32), self.embed_text(text))
+            query = self._query(text)
         return self.backend.encode([item.packed for item in prepared], [query] * len(prepared))
 
     def _region_scores(self, text: str | None) -> RegionScores | None:
@@ -454,8 +455,14 @@ class RSVLM:
         alignment = self.config.alignment
         if text is None or not self.config.dris.query_aware or alignment is None or LEVELS[1] not in alignment.levels:
             return None
-        embedding = self.embed_text(text)
+        embedding = self._query(text).embedding
         return lambda packed: self.backend.embed_image(self.backend.encode([packed])[0]).region @ embedding
+
+    def _query(self, text: str) -> Query:
+        """The last prompt's query is kept, because many images are asked the same: embedding it is a prefill of its own."""
+        if self._last_query is None or self._last_query[0] != text:
+            self._last_query = text, Query(np.array(self.tokenizer.encode(text), dtype=np.int32), self.embed_text(text))
+        return self._last_query[1]
 
     def _embed_labels(self, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
         """[N, De]; the last label set is kept, because many images are classified by the same labels."""

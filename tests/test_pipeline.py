@@ -294,6 +294,25 @@ def test_the_query_reaches_the_augmentation(tokenizer: Tokenizer) -> None:
     assert plain.queries == [None]
 
 
+def test_the_same_question_is_embedded_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TellingBackend(
+        telling_config(augmentation=AugmentationConfig(num_heads=2), alignment=AlignmentConfig(embed_size=3))
+    )
+    model, embedded = RSVLM(backend, tokenizer), []
+    embed = backend.embed_text
+
+    def counted(token_ids: Any) -> Any:
+        embedded.append(len(token_ids))
+        return embed(token_ids)
+
+    monkeypatch.setattr(backend, "embed_text", counted)
+    for question in ("abc", "abc", "abd", "abc"):
+        model.ask(picture("green"), question)
+    assert len(embedded) == 3  # the last one is kept, not all of them
+    queries = [query.token_ids.tolist() for query in backend.queries if query is not None]
+    assert queries == [byte_ids(question) for question in ("abc", "abc", "abd", "abc")]
+
+
 def test_a_question_steers_a_query_aware_plan(tokenizer: Tokenizer) -> None:
     """Half red, half green with equal noise: a question whose embedding is red refines the red half first."""
     dris = DrisConfig(

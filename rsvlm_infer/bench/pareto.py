@@ -13,7 +13,8 @@ from .tables import FRACTIONS, HEADLINE_QUALITY, quality_text
 PREFERRED = ("cider", "answer_accuracy", "class_accuracy")
 BACKEND_COLORS = {"eager": "#6b7785", "native": "#0072b2", "onnx": "#e69f00", "cuda": "#009e73", "tensorrt": "#cc79a7"}
 OTHER_BACKEND = "#d55e00"
-LABEL_GAP_PX = 15.0  # between the middles of two labels that would lie on each other
+LABEL_PT, LINE_PT, DOT_PT = 150.0, 14.0, 6.0  # length of a label, distance of two lines, radius of a dot, in points
+FEW_IMAGES = 200  # below, two rows of equal weights differ by chance as much as by precision
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ def pareto_note(report: Report) -> str:
     assert found is not None
     metric, points = found
     images = points[0].row.images
+    few = " So few images say little about accuracy: a difference may be chance." if images < FEW_IMAGES else ""
     return (
         f"Left and up is better. Dots are the median latency of a caption, lines reach to p90; {HEADLINE_QUALITY[metric]} of {images} "
-        "images. The step line joins the rows that no other row beats in both; the dotted line is eager fp32's accuracy."
+        "images. The step line joins the rows that no other row beats in both; the dotted line is eager fp32's accuracy." + few
     )
 
 
@@ -111,20 +113,25 @@ def _ticks(axes: Any) -> None:
 
 
 def _label(figure: Any, axes: Any, metric: str, points: list[ParetoPoint]) -> None:
-    """Names beside the dots, from top to bottom, each at least a line below the one before when both lie on the same stretch."""
+    """Names beside the dots, at the nearest height where neither another name nor another dot lies."""
     from matplotlib.patheffects import withStroke
 
     figure.draw_without_rendering()  # fixes the layout, so that places in pixels hold
     scale = figure.dpi / 72
-    placed: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda each: (-each.quality, each.ms)):
-        x, y = axes.transData.transform((point.ms, point.quality))
-        text_y = y + 10 * scale
-        while any(
-            abs(x - other_x) < 150 * scale and abs(text_y - other_y) < LABEL_GAP_PX * scale for other_x, other_y in placed
-        ):
-            text_y -= scale
-        placed.append((x, text_y))
+    dots = [tuple(axes.transData.transform((point.ms, point.quality))) for point in points]
+    names: list[tuple[float, float]] = []
+
+    def is_free(x: float, y: float, own: tuple[float, float]) -> bool:
+        apart = all(abs(x - other_x) > LABEL_PT * scale or abs(y - other_y) > LINE_PT * scale for other_x, other_y in names)
+        return apart and not any(
+            dot != own and -DOT_PT * scale < dot[0] - x < LABEL_PT * scale and abs(dot[1] - y) < (LINE_PT / 2 + DOT_PT) * scale
+            for dot in dots
+        )
+
+    for point, (x, y) in sorted(zip(points, dots, strict=True), key=lambda item: (-item[0].quality, item[0].ms)):
+        heights = [y + sign * (10 + 2 * step) * scale for step in range(80) for sign in (1, -1)]
+        text_y = next((height for height in heights if is_free(x, height, (x, y))), heights[0])
+        names.append((x, text_y))
         axes.annotate(
             f"{_short(point.row)}  {point.ms:,.0f} ms · {quality_text(metric, point.quality)}",
             (point.ms, point.quality),

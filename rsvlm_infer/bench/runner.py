@@ -210,6 +210,9 @@ def _warnings(work: Workload, rows: Sequence[Row], environment: dict[str, Any]) 
         if library_version("pycocoevalcap") is None:
             found.append("pycocoevalcap is not installed, so captions have no score; run: pip install 'rsvlm-infer[eval]'")
         found.append("CIDEr and BLEU depend on the set: compare them only between rows and runs with the same images")
+    large = sorted({row.batch for row in rows if row.batch is not None and row.batch > len(work.images.samples)})
+    if large:
+        found.append(f"batches of {large} hold no more than the run's {len(work.images.samples)} images; raise --images-limit")
     reasons = dict.fromkeys(row.energy_why_not for row in rows if row.energy_why_not)
     found += [f"energy is {reason}" for reason in reasons]
     return [line for line in found if line is not None]

@@ -79,18 +79,19 @@ def test_rows_run_in_processes_and_failures_stay_alone(work: Workload) -> None:
 
 def test_budgets_and_batches_are_axes_with_their_own_baselines(work: Workload) -> None:
     model, other = (ModelChoice("eager", precision, work.checkpoint) for precision in ("float32", "bfloat16"))
-    plans = plan_rows([model, other], ["Offline"], budgets=[4, 8], batches=[1, 3])
+    plans = plan_rows([model, other], ["Offline"], budgets=[4, 8], batches=[1, 5])
     report = run_rows(dataclasses.replace(work, repeats=1, logits_images=1), plans, ENVIRONMENT, _console())
     assert [row.error for row in report.rows] == [None] * 8
     assert [row.title for row in report.rows[:3]] == [
         "eager float32 Offline budget 4 batch 1",
         "eager bfloat16 Offline budget 4 batch 1",
-        "eager float32 Offline budget 4 batch 3",
+        "eager float32 Offline budget 4 batch 5",
     ]
     assert [row.visual_tokens for row in report.rows] == [4.0] * 4 + [8.0] * 4
     assert report.baseline(report.rows[7]) is report.rows[6]
     assert all(row.agreement is not None for row in report.rows)
-    assert (report.workload["budgets"], report.workload["batches"]) == ([4, 8], [1, 3])
+    assert (report.workload["budgets"], report.workload["batches"]) == ([4, 8], [1, 5])
+    assert any("batches of [5] hold no more than the run's 4 images" in line for line in report.warnings)
 
 
 def test_a_traceback_ends_in_its_last_line(work: Workload) -> None:
