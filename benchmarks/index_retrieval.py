@@ -84,8 +84,12 @@ def archive_similarity(archive: Archive, images: Sequence[Path], model: RSVLM, t
 def scores_through(archive: Archive, data: EvaluationSet, model: RSVLM) -> tuple[RetrievalScores, npt.NDArray[np.float32]]:
     """Recalls, and the similarity that they come from."""
     texts, positives = retrieval_texts({item.key: item.truths for item in data.items})
-    similarity = archive_similarity(archive, [item.image for item in data.items], model, texts)
+    similarity = archive_similarity(archive, _images(data), model, texts)
     return retrieval_scores(similarity, positives), similarity
+
+
+def _images(data: EvaluationSet) -> list[Path]:
+    return [item.image for item in data.items if item.image is not None]
 
 
 def main() -> None:
@@ -99,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     data = read_set(options.set, "retrieval", split=options.split)
     model = RSVLM.from_pretrained()
-    images = [item.image for item in data.items]
+    images = _images(data)
     if options.make:
         make_archive(options.archive, images, model, embedder_digest(default_checkpoint()))
     found, similarity = scores_through(Archive.open(options.archive), data, model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from .archive import F32, Archive, IndexedScene, Segment
 SearchLevel = Literal["all", "object", "region", "scene"]
 SEARCH_LEVELS: tuple[SearchLevel, ...] = ("all", "object", "region", "scene")
 
-_BLOCK = 1 << 14  # rows scored at once: 16 MB at De 256, so that a mapped archive larger than memory streams through
+_SCORES = 1 << 22  # of rows and visual embeddings that stand in memory at once: 16 MB
 
 
 @dataclass(frozen=True)
@@ -181,17 +181,16 @@ def row_scores(segment: Segment, query: ArchiveQuery) -> F32:
     """float32 [rows of the level; views for "all"]."""
     if query.level == "all":
         return _alignment(segment, query)
+    if query.visual is None:
+        assert query.text is not None
+        return _cosines(segment, query.level, query.text)
     rows = segment.embeddings(query.level)
     scores = np.empty(len(rows), np.float32)
-    for first, block in _blocks(rows):
-        part = scores[first : first + len(block)]
-        if query.visual is None:
-            assert query.text is not None
-            np.matmul(block, query.text, out=part)
-            continue
-        (block @ query.visual.T).max(axis=1, out=part)
-        if query.text is not None:
-            part += query.text_weight * (block @ query.text)
+    block = max(1, _SCORES // len(query.visual))
+    for first in range(0, len(rows), block):
+        np.max(rows[first : first + block] @ query.visual.T, axis=1, out=scores[first : first + block])
+    if query.text is not None:
+        scores += np.float32(query.text_weight) * _cosines(segment, query.level, query.text)
     return scores
 
 
@@ -221,16 +220,8 @@ def _alignment(segment: Segment, query: ArchiveQuery) -> F32:
 
 
 def _cosines(segment: Segment, level: str, text: F32) -> F32:
-    rows = segment.embeddings(level)
-    cosines = np.empty(len(rows), np.float32)
-    for first, block in _blocks(rows):
-        np.matmul(block, text, out=cosines[first : first + len(block)])
-    return cosines
-
-
-def _blocks(rows: F32) -> Iterator[tuple[int, F32]]:
-    for first in range(0, len(rows), _BLOCK):
-        yield first, rows[first : first + _BLOCK]
+    # one product for the whole mapping, which streams through memory: threads of a BLAS that meet at every block cost more than they save
+    return np.asarray(segment.embeddings(level) @ text, dtype=np.float32)
 
 
 def kept_rows(archive: Archive, segment: Segment, level: SearchLevel, filters: Filters) -> tuple[NDArray[np.bool_] | None, int]:
