@@ -219,8 +219,8 @@ class ArchiveWriter:
             if path.name not in known:
                 shutil.rmtree(path)
 
-    def _unwritable(self, error: OSError) -> InputError:
-        return InputError(
+    def _unwritable(self, error: OSError) -> ArchiveUnwritableError:
+        return ArchiveUnwritableError(
             f"archive {self.folder} cannot be written ({error.strerror or error}); make room or choose another folder"
         )
 
