@@ -10,12 +10,12 @@ of medians to the baseline `numpy scan`: a matrix product with the rows in memor
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,14 @@ import numpy.typing as npt
 from benchmarks.rows import append_rows
 from rsvlm_infer.hardware import probe
 from rsvlm_infer.index.archive import Archive, IndexedScene
-from rsvlm_infer.index.search import ArchiveQuery, Filters, search
+from rsvlm_infer.index.graph import Way, build_graph, find
+from rsvlm_infer.index.search import ArchiveQuery, Filters
 from rsvlm_infer.index.writer import ArchiveWriter, EncodedView
 from rsvlm_infer.ops.registry import resolve
 
 BASELINE = "numpy scan"
 TOP = 10
+CENTRES, SPREAD = 1000, 0.8  # of clustered rows: a row's cosine with its centre is about 0.78
 TILES = 20  # regions of one view
 F32 = npt.NDArray[np.float32]
 
@@ -38,6 +40,12 @@ def unit(generator: np.random.Generator, rows: int, width: int) -> F32:
     vectors = generator.standard_normal((rows, width), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors
+
+
+def clustered(generator: np.random.Generator, rows: int, width: int, centres: F32) -> F32:
+    """Directions [rows, width] around random centres, as embeddings of like scenes lie."""
+    vectors = centres[generator.integers(0, len(centres), rows)] + unit(generator, rows, width) * np.float32(SPREAD)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).astype(np.float32)
 
 
 def make_archive(folder: Path, rows: F32) -> Archive:
@@ -67,7 +75,7 @@ def make_archive(folder: Path, rows: F32) -> Archive:
     return Archive.open(folder)
 
 
-def ways(archive: Archive, rows: F32, graph: Any) -> Iterator[tuple[str, Callable[[F32], npt.NDArray[np.int64]]]]:
+def ways(archive: Archive, rows: F32, graph: bool) -> Iterator[tuple[str, Callable[[F32], npt.NDArray[np.int64]]]]:
     """Each way: a query -> places of the best rows."""
     half = rows.astype(np.float16)
     cue_search = resolve("cue_search")
@@ -80,19 +88,19 @@ def ways(archive: Archive, rows: F32, graph: Any) -> Iterator[tuple[str, Callabl
         best = np.argpartition(-scores, TOP)[:TOP]
         return np.asarray(best[np.argsort(-scores[best])], dtype=np.int64)
 
-    def through(filters: Filters | None) -> Callable[[F32], npt.NDArray[np.int64]]:
+    def through(filters: Filters | None, way: Way) -> Callable[[F32], npt.NDArray[np.int64]]:
         def found(query: F32) -> npt.NDArray[np.int64]:
-            hits = search(archive, ArchiveQuery("region", query), TOP, filters).hits
+            hits = find(archive, ArchiveQuery("region", query), TOP, filters, way).hits
             return np.array([place[hit.scene.source] + hit.window[0] for hit in hits], dtype=np.int64)
 
         return found
 
     yield BASELINE, scan
-    yield "archive, exact", through(None)
-    yield "archive, exact, box and dates", through(Filters(bbox=(-60.0, -40.0, 60.0, 40.0), after=1e9))
+    yield "archive, exact", through(None, "exact")
+    yield "archive, exact, box and dates", through(Filters(bbox=(-60.0, -40.0, 60.0, 40.0), after=1e9), "exact")
     yield "op cue_search, float16", lambda query: cue_search(query[None], None, half, TOP, 0.0)[1]
-    if graph is not None:
-        yield "usearch, float16", lambda query: np.asarray(graph.search(query, TOP).keys, dtype=np.int64)
+    if graph:
+        yield "archive, graph", through(None, "graph")
 
 
 def main() -> None:
@@ -101,23 +109,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--clustered", action="store_true", help="rows and queries around 1000 centres instead of anywhere")
     parser.add_argument("--graph", action="store_true")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     generator = np.random.default_rng(0)
-    rows = unit(generator, options.rows, options.width)
+    centres = unit(generator, CENTRES, options.width)
+    draw = functools.partial(clustered, centres=centres) if options.clustered else unit
+    rows = draw(generator, options.rows, options.width)
     with tempfile.TemporaryDirectory() as folder:
         archive = make_archive(Path(folder) / "archive", rows)
-        graph = None
         if options.graph:
-            from usearch.index import Index
-
-            graph = Index(ndim=options.width, metric="ip", dtype="f16")
             started = time.perf_counter()
-            graph.add(np.arange(len(rows)), rows, threads=2)
+            build_graph(archive, "region")
             print(f"graph of {len(rows)} rows built in {time.perf_counter() - started:.1f} s")
-        tried = dict(ways(archive, rows, graph))
-        measured = measure(tried, generator, options.width, options.rounds)
+        tried = dict(ways(archive, rows, options.graph))
+        measured = measure(tried, lambda: draw(generator, 1, options.width)[0], options.rounds)
     base = statistics.median(measured[BASELINE][0])
     lines = []
     for name, (seconds, recall) in measured.items():
@@ -128,6 +135,7 @@ def main() -> None:
                 "way": name,
                 "rows": options.rows,
                 "width": options.width,
+                "clustered": options.clustered,
                 "median_ms": round(median * 1e3, 3),
                 "p20_ms": round(float(low), 3),
                 "p80_ms": round(float(high), 3),
@@ -145,13 +153,13 @@ def main() -> None:
 
 
 def measure(
-    tried: dict[str, Callable[[F32], npt.NDArray[np.int64]]], generator: np.random.Generator, width: int, rounds: int
+    tried: dict[str, Callable[[F32], npt.NDArray[np.int64]]], draw: Callable[[], F32], rounds: int
 ) -> dict[str, tuple[list[float], float]]:
     """Seconds of each way, and the share of the baseline's rows that it found (of a filtered search: told too)."""
     seconds: dict[str, list[float]] = {name: [] for name in tried}
     same: dict[str, list[float]] = {name: [] for name in tried}
     for round_number in range(rounds + 1):
-        query = unit(generator, 1, width)[0]
+        query = draw()
         truth: set[int] = set()
         for name, way in tried.items():
             started = time.perf_counter()

@@ -13,8 +13,9 @@ from ..errors import InputError, RsvlmError
 from ..imagery.acquired import parse_time
 from ..index.archive import Archive
 from ..index.encode import WINDOW_PX, EncodeSettings, content_hash, opened
+from ..index.graph import GRAPH_FROM_ROWS, build_graph, find
 from ..index.results import check_results_path, hit_line, hit_values, results_geojson, write_results
-from ..index.search import ArchiveQuery, Filters, SearchLevel, check_query, search
+from ..index.search import ArchiveQuery, Filters, SearchLevel, check_query
 from ..index.writer import ArchiveUnwritableError, ArchiveWriter
 from ..models.load import embedder_digest
 from ..pipeline import RSVLM, default_checkpoint
@@ -31,6 +32,18 @@ class SearchLevelChoice(StrEnum):
     object = "object"
     region = "region"
     scene = "scene"
+
+
+class GraphChoice(StrEnum):
+    object = "object"
+    region = "region"
+    scene = "scene"
+
+
+class WayChoice(StrEnum):
+    auto = "auto"
+    exact = "exact"
+    graph = "graph"
 
 
 class SearchFormat(StrEnum):
@@ -50,6 +63,10 @@ def index_scenes(
     date: Annotated[
         str | None,
         typer.Option("--date", help="When these scenes were taken, ISO 8601; default is what each file's tags say."),
+    ] = None,
+    graph: Annotated[
+        list[GraphChoice] | None,
+        typer.Option("--graph", help=f"Also build a graph of this level, for more than {GRAPH_FROM_ROWS:,} rows; repeatable."),
     ] = None,
     output_format: opt.OutputFormat = opt.Format.text,
     checkpoint: opt.Checkpoint = None,
@@ -99,6 +116,10 @@ def index_scenes(
     manifest = writer.manifest
     counts = {level: sum(each.rows(level) for each in manifest.segments) for level in ("scene", "region", "object")}
     terminal.note(f"{output}: " + ", ".join(f"{count} {level}" for level, count in counts.items()) + " embeddings")
+    for level in graph or []:
+        with terminal.working(f"building the graph of level {level.value}"):
+            built = build_graph(Archive.open(output), level.value)
+        terminal.note(f"wrote {built}")
     return exit_code(failed, len(scenes))
 
 
@@ -137,6 +158,10 @@ def search_archive(
     query_weight: Annotated[
         float | None, typer.Option("--query-weight", help="Weight of TEXT beside an image; default from the checkpoint.")
     ] = None,
+    way: Annotated[
+        WayChoice,
+        typer.Option("--way", help=f"auto: exact below {GRAPH_FROM_ROWS:,} rows, from there on a graph where there is one."),
+    ] = WayChoice.auto,
     output_format: Annotated[
         SearchFormat,
         typer.Option("--format", "-f", help="text, json: one object per line, or geojson.", rich_help_panel=_RESULT),
@@ -173,7 +198,9 @@ def search_archive(
     query = _query(model, text, near, None if level is None else level.value, query_weight)
     check_query(found, query)
     with terminal.working("searching"):
-        result = search(found, query, top, filters)
+        result = find(found, query, top, filters, way.value)
+    if not result.exact:
+        terminal.note("searched a graph, which may miss finds; --way exact misses none")
     words = " ".join(filter(None, [text, None if near is None else f"near {Path(near).name}"]))
     if result.num_unknown:
         terminal.note(f"{result.num_unknown} scenes do not say what a filter asks for, and were left out")

@@ -129,7 +129,7 @@ class SearchResult:
 
 
 @dataclass(frozen=True)
-class _Best:
+class Best:
     """Rows of one segment with their scores."""
 
     segment: Segment
@@ -149,11 +149,11 @@ def search(archive: Archive, query: ArchiveQuery, top: int, filters: Filters | N
         raise InputError(f"top must be at least 1, got {top}; ask for one find or more")
     check_query(archive, query)
     filters = filters or Filters()
-    parts = [_best_of(archive, segment, query, top, filters) for segment in archive.segments]
+    parts = [best_of(archive, segment, query, top, filters) for segment in archive.segments]
     return result_of(query.level, parts, top)
 
 
-def result_of(level: SearchLevel, parts: Sequence[_Best], top: int) -> SearchResult:
+def result_of(level: SearchLevel, parts: Sequence[Best], top: int) -> SearchResult:
     """The best of all segments, which come in the order of the archive."""
     flat = [(float(score), part, int(row)) for part in parts for score, row in zip(part.scores, part.rows, strict=True)]
     flat.sort(key=lambda entry: -entry[0])  # stable: equal scores stay in the order of the archive
@@ -179,18 +179,21 @@ def check_query(archive: Archive, query: ArchiveQuery) -> None:
 
 def row_scores(segment: Segment, query: ArchiveQuery) -> F32:
     """float32 [rows of the level; views for "all"]."""
-    if query.level == "all":
-        return _alignment(segment, query)
+    return _alignment(segment, query) if query.level == "all" else row_scores_of(segment.embeddings(query.level), query)
+
+
+def row_scores_of(rows: F32, query: ArchiveQuery) -> F32:
+    """float32 [rows] of embeddings [rows, De] of one level."""
+    # One product for a whole mapping, which streams through memory: threads of a BLAS that meet at every block cost more than they save.
     if query.visual is None:
         assert query.text is not None
-        return _cosines(segment, query.level, query.text)
-    rows = segment.embeddings(query.level)
+        return np.asarray(rows @ query.text, dtype=np.float32)
     scores = np.empty(len(rows), np.float32)
     block = max(1, _SCORES // len(query.visual))
     for first in range(0, len(rows), block):
         np.max(rows[first : first + block] @ query.visual.T, axis=1, out=scores[first : first + block])
     if query.text is not None:
-        scores += np.float32(query.text_weight) * _cosines(segment, query.level, query.text)
+        scores += np.float32(query.text_weight) * (rows @ query.text)
     return scores
 
 
@@ -203,12 +206,12 @@ def _alignment(segment: Segment, query: ArchiveQuery) -> F32:
         return scores
     scene_weight, region_weight, object_weight = query.weights
     if scene_weight:
-        scores += np.float32(scene_weight) * _cosines(segment, "scene", query.text)
+        scores += np.float32(scene_weight) * (segment.embeddings("scene") @ query.text)
     if region_weight:
-        cosines = _cosines(segment, "region", query.text)
+        cosines = segment.embeddings("region") @ query.text
         scores += np.float32(region_weight) * np.maximum.reduceat(cosines, views["first_region"])
     if object_weight:
-        cosines = _cosines(segment, "object", query.text)
+        cosines = segment.embeddings("object") @ query.text
         firsts = np.append(views["first_object"], len(cosines))
         lengths = np.diff(firsts)
         for length in np.unique(lengths):  # views with as many objects stand in one table
@@ -217,11 +220,6 @@ def _alignment(segment: Segment, query: ArchiveQuery) -> F32:
             best = np.sort(table, axis=1)[:, -min(query.salient, length) :]
             scores[chosen] += np.float32(object_weight) * best.mean(axis=1)
     return scores
-
-
-def _cosines(segment: Segment, level: str, text: F32) -> F32:
-    # one product for the whole mapping, which streams through memory: threads of a BLAS that meet at every block cost more than they save
-    return np.asarray(segment.embeddings(level) @ text, dtype=np.float32)
 
 
 def kept_rows(archive: Archive, segment: Segment, level: SearchLevel, filters: Filters) -> tuple[NDArray[np.bool_] | None, int]:
@@ -248,15 +246,15 @@ def kept_rows(archive: Archive, segment: Segment, level: SearchLevel, filters: F
     return kept, num_unknown
 
 
-def _best_of(archive: Archive, segment: Segment, query: ArchiveQuery, top: int, filters: Filters) -> _Best:
+def best_of(archive: Archive, segment: Segment, query: ArchiveQuery, top: int, filters: Filters) -> Best:
     kept, unknown = kept_rows(archive, segment, query.level, filters)
     if kept is not None and not kept.any():
-        return _Best(segment, np.zeros(0, np.float32), np.zeros(0, np.int64), 0, unknown)
+        return Best(segment, np.zeros(0, np.float32), np.zeros(0, np.int64), 0, unknown)
     scores = row_scores(segment, query)
     rows = None if kept is None else np.flatnonzero(kept)
     left = scores if rows is None else scores[rows]
     chosen = top_rows(left, top)
-    return _Best(segment, left[chosen], chosen if rows is None else rows[chosen], len(left), unknown)
+    return Best(segment, left[chosen], chosen if rows is None else rows[chosen], len(left), unknown)
 
 
 def top_rows(scores: F32, top: int) -> NDArray[np.int64]:
