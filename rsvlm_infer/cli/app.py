@@ -24,6 +24,7 @@ from .console import EXIT_ERROR, EXIT_OK, exit_code, set_up_logging, terminal
 from .embeddings import EmbeddingRows, check_output, write_embeddings
 from .evaluation import evaluate
 from .export import export, verify
+from .index import index_scenes, search_archive
 from .inspect import checkpoint_report, doctor_report, planning_config
 from .knowledge import knowledge_app
 from .run import run
@@ -299,6 +300,8 @@ def doctor(output_format: opt.OutputFormat = opt.Format.text) -> int:
 
 command(scene_command, "scene")
 command(evaluate, "eval")
+command(index_scenes, "index")
+command(search_archive, "search")
 command(export)
 command(verify)
 command(run)
