@@ -80,7 +80,7 @@ def choose_backend(path: str | Path) -> BackendChoice:
     """What "auto" runs a folder on: the folder alone decides, so the same folder gives the same answers everywhere.
 
     A package runs on the backend that it was made for; a checkpoint on eager, whose arithmetic is what the others are held to. Nothing
-    is measured, and no package that lies near a checkpoint is taken in its place; see docs/adr/0010-*.md.
+    is measured, and no package that lies near a checkpoint is taken in its place; see docs/adr/0011-the-folder-chooses-the-backend.md.
     """
     kind = package_kind(path)
     if kind is not None:
