@@ -24,9 +24,10 @@ from rsvlm_infer.contract import (
     DECODER,
     FORMAT,
     FORMAT_VERSION,
+    HALVES,
     KNOWLEDGE,
     MANIFEST,
-    OPSET,
+    OPSETS,
     PREPROCESSING,
     TEXT_EMBED,
     TOKENIZER_FILES,
@@ -42,7 +43,7 @@ from rsvlm_infer.models.load import LoadedCheckpoint
 from .linears import ModelWeights
 from .onnx.builder import Graph, WeightFile
 from .onnx.language import build_decoder, build_text_embed, build_word_embed
-from .onnx.parts import Precision, Source
+from .onnx.parts import Form, Precision, Source
 from .onnx.scene import build_align, build_bridge, build_cue_search
 from .onnx.vision import build_vision
 
@@ -59,17 +60,26 @@ class Plan:
 
 
 def write_package(
-    loaded: LoadedCheckpoint, weights: ModelWeights, plan: Plan, target: str | Path, *, overwrite: bool = False
+    loaded: LoadedCheckpoint,
+    weights: ModelWeights,
+    plan: Plan,
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    form: Form | None = None,
+    add: Callable[[Path], dict[str, Any]] = lambda folder: {},
 ) -> Path:
     """Writes into a temporary sibling folder and renames it.
 
     Args:
         loaded: the checkpoint, for its config, files and provenance. weights: its numbers. plan: how they are kept.
-        target: must not exist, unless `overwrite`.
+        target: must not exist, unless `overwrite`. form: which runtime the graphs are for; None = onnxruntime.
+        add: writes more files into the folder, beside the finished graphs, and returns what the manifest says about them.
 
     Raises:
         CheckpointError: the target exists, or the model cannot be exported.
     """
+    form = Form() if form is None else form
     folder = Path(target)
     refuse_existing(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +95,9 @@ def write_package(
                 shutil.copyfile(loaded.folder / name, temporary / name)
         if loaded.knowledge_folder is not None:
             shutil.copytree(loaded.knowledge_folder, temporary / KNOWLEDGE)
-        write_graphs(loaded.config, Source(weights, plan.precision), temporary)
-        (temporary / MANIFEST).write_text(_json(_manifest(loaded, plan, temporary)), encoding="utf-8")
+        write_graphs(loaded.config, Source(weights, plan.precision, form), temporary)
+        manifest = {**_manifest(loaded, plan, form), **add(temporary), "files": _files(temporary)}
+        (temporary / MANIFEST).write_text(_json(manifest), encoding="utf-8")
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -103,7 +114,7 @@ def write_graphs(config: RsvlmConfig, source: Source, folder: Path) -> None:
     """All graphs of a config and their weight files."""
     builders: dict[str, Callable[[Graph], None]] = {
         VISION: lambda g: build_vision(g, source, config.vision),
-        CUE_SEARCH: build_cue_search,
+        CUE_SEARCH: lambda g: build_cue_search(g, source),
         TEXT_EMBED: lambda g: build_text_embed(g, source, config),
         BRIDGE: lambda g: build_bridge(g, source, config),
         WORD_EMBED: lambda g: build_word_embed(g, source),
@@ -115,14 +126,22 @@ def write_graphs(config: RsvlmConfig, source: Source, folder: Path) -> None:
         language = config.language
         builders[DECODER] = lambda g: build_decoder(g, source, language)
     files: dict[str, WeightFile] = {}
-    for contract in graph_contracts(config).values():
-        build_graph(contract, builders[contract.name], folder, files)
+    for contract in form_contracts(config, source.form).values():
+        build_graph(contract, builders[contract.name], folder, files, source.form.kind)
 
 
-def build_graph(contract: GraphContract, build: Callable[[Graph], None], folder: Path, files: dict[str, WeightFile]) -> Path:
+def form_contracts(config: RsvlmConfig, form: Form) -> dict[str, GraphContract]:
+    """What graphs of this form have to keep to."""
+    precision = next(name for name, dtype in HALVES.items() if dtype == form.products)
+    return graph_contracts(config, form.kind, precision, form.context)
+
+
+def build_graph(
+    contract: GraphContract, build: Callable[[Graph], None], folder: Path, files: dict[str, WeightFile], kind: str = "onnx"
+) -> Path:
     """One graph, its weights behind those that other graphs already put into the same file."""
     weight_file = files.setdefault(contract.weights_file, WeightFile(folder / contract.weights_file))
-    graph = Graph(contract, weight_file)
+    graph = Graph(contract, weight_file, kind)
     build(graph)
     return graph.finish(folder)
 
@@ -139,13 +158,18 @@ def model_digest(files: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in sorted(files.items())).encode()).hexdigest()
 
 
-def _manifest(loaded: LoadedCheckpoint, plan: Plan, folder: Path) -> dict[str, Any]:
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
+
+
+def _manifest(loaded: LoadedCheckpoint, plan: Plan, form: Form) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "architecture": ARCHITECTURE,
-        "kind": "onnx",
+        "kind": form.kind,
+        **({"context": form.context} if form.context else {}),
         "precision": plan.name,
         "model": {
             "sha256": model_digest(loaded.files),
@@ -155,13 +179,10 @@ def _manifest(loaded: LoadedCheckpoint, plan: Plan, folder: Path) -> dict[str, A
         },
         "stored": plan.precision.stored,
         "layers": list(plan.layers),
-        "graphs": {name: contract.to_dict() for name, contract in graph_contracts(loaded.config).items()},
-        "files": {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
-        },
+        "graphs": {name: contract.to_dict() for name, contract in form_contracts(loaded.config, form).items()},
         "software": {
             "rsvlm_infer": rsvlm_infer.__version__,
-            "opset": OPSET,
+            "opset": OPSETS[form.kind],
             "python": platform.python_version(),
             **{name: _version(name) for name in SOFTWARE},
         },
