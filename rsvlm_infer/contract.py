@@ -20,6 +20,7 @@ FORMAT_VERSION = 1  # goes up when an older reader would read a package wrongly
 ARCHITECTURE = "rsvlm"
 KINDS = ("onnx", "tensorrt")
 
+ENGINES = "engines"  # folder of a tensorrt package, and what its manifest says about each file there
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"  # written by `rsvlm verify`, so it is no part of the manifest
 CONFIG = "config.json"
@@ -28,6 +29,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_conf
 KNOWLEDGE = "knowledge"
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+KIND_PRECISIONS = {"onnx": PRECISIONS, "tensorrt": ("fp16", "bf16", "fp32")}
 DOMAIN = "rsvlm"  # of our own ops
 OPSETS = {"onnx": 23, "tensorrt": 24}  # 24 has TensorScatter, which TensorRT runs as an update of the cache in place
 IR_VERSIONS = {"onnx": 11, "tensorrt": 12}  # what belongs to the opset

@@ -69,17 +69,48 @@ def write_package(
     form: Form | None = None,
     add: Callable[[Path], dict[str, Any]] = lambda folder: {},
 ) -> Path:
-    """Writes into a temporary sibling folder and renames it.
+    """A package of graphs.
 
     Args:
         loaded: the checkpoint, for its config, files and provenance. weights: its numbers. plan: how they are kept.
         target: must not exist, unless `overwrite`. form: which runtime the graphs are for; None = onnxruntime.
-        add: writes more files into the folder, beside the finished graphs, and returns what the manifest says about them.
+        add: writes more files beside the finished graphs and returns what the manifest says about them.
 
     Raises:
         CheckpointError: the target exists, or the model cannot be exported.
     """
-    form = Form() if form is None else form
+    chosen = Form() if form is None else form
+
+    def fill(folder: Path) -> dict[str, Any]:
+        write_graphs(loaded.config, Source(weights, plan.precision, chosen), folder)
+        return {
+            **({"context": chosen.context} if chosen.context else {}),
+            "stored": plan.precision.stored,
+            "layers": list(plan.layers),
+            "graphs": {name: contract.to_dict() for name, contract in form_contracts(loaded.config, chosen).items()},
+            **add(folder),
+        }
+
+    return write_folder(loaded, target, chosen.kind, plan.name, fill, overwrite=overwrite)
+
+
+def write_folder(
+    loaded: LoadedCheckpoint,
+    target: str | Path,
+    kind: str,
+    precision: str,
+    fill: Callable[[Path], dict[str, Any]],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """What every package has, around what its kind has: into a temporary sibling folder, which is renamed.
+
+    Args:
+        fill: writes the kind's own files into a folder and returns what the manifest says about them.
+
+    Raises:
+        CheckpointError: the target exists.
+    """
     folder = Path(target)
     refuse_existing(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -95,8 +126,8 @@ def write_package(
                 shutil.copyfile(loaded.folder / name, temporary / name)
         if loaded.knowledge_folder is not None:
             shutil.copytree(loaded.knowledge_folder, temporary / KNOWLEDGE)
-        write_graphs(loaded.config, Source(weights, plan.precision, form), temporary)
-        manifest = {**_manifest(loaded, plan, form), **add(temporary), "files": _files(temporary)}
+        own = fill(temporary)
+        manifest = _manifest(loaded, temporary, {"kind": kind, "precision": precision}, own)
         (temporary / MANIFEST).write_text(_json(manifest), encoding="utf-8")
         replace_folder(temporary, folder)
     finally:
@@ -158,31 +189,26 @@ def model_digest(files: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in sorted(files.items())).encode()).hexdigest()
 
 
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
+def _manifest(loaded: LoadedCheckpoint, folder: Path, head: dict[str, str], own: dict[str, Any]) -> dict[str, Any]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
-
-
-def _manifest(loaded: LoadedCheckpoint, plan: Plan, form: Form) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "architecture": ARCHITECTURE,
-        "kind": form.kind,
-        **({"context": form.context} if form.context else {}),
-        "precision": plan.name,
+        **head,
         "model": {
             "sha256": model_digest(loaded.files),
             "files": loaded.files,
             "layout": loaded.layout,
             "embedder": loaded.embedder,
         },
-        "stored": plan.precision.stored,
-        "layers": list(plan.layers),
-        "graphs": {name: contract.to_dict() for name, contract in form_contracts(loaded.config, form).items()},
+        **own,
+        "files": {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
+        },
         "software": {
             "rsvlm_infer": rsvlm_infer.__version__,
-            "opset": OPSETS[form.kind],
+            "opset": OPSETS[head["kind"]],
             "python": platform.python_version(),
             **{name: _version(name) for name in SOFTWARE},
         },

@@ -93,6 +93,10 @@ def verify_package(
         CheckpointError: a damaged package or checkpoint. InputError: another checkpoint, or data without what the gates need.
     """
     opened = Package.open(package)
+    if opened.kind == "tensorrt":
+        raise InputError(
+            f"package {opened.path} must be one that runs here, engines have not met a GPU yet; verify an onnx package"
+        )
     images = choose_images(data, split=split, questions_per_image=0, seed=seed, fetch_rsvqa=Path).limited(limit, seed)
     _require_labels(opened.precision, images)
     loaded = load_checkpoint(checkpoint)

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import backends, hardware
 from ..config import RsvlmConfig
-from ..contract import MANIFEST
+from ..contract import ENGINES, MANIFEST
 from ..errors import CheckpointError
 from ..models.checkpoint import DELTA_FILE, CheckpointFolder, sha256_of
 from ..models.layouts import detect_layout
@@ -112,6 +112,8 @@ def _package_report(package: Package) -> Report:
         f"size        {_size(total)}",
         f"certificate {_certificate_line(package)}",
     ]
+    chips = dict.fromkeys(f"{entry['chip']} ({entry['library']} {entry['version']})" for entry in manifest.get(ENGINES, []))
+    lines += [f"engines     {', '.join(chips)}"] if chips else []
     lines += ["", "graphs", *(f"  {name}" for name in manifest["graphs"])]
     if finer:
         lines += ["", "layers kept finer", *(f"  {layer['name']:<24} {layer['kept']}" for layer in finer)]

@@ -13,10 +13,10 @@ from ..contract import (
     CONFIG,
     FORMAT,
     FORMAT_VERSION,
+    KIND_PRECISIONS,
     KINDS,
     KNOWLEDGE,
     MANIFEST,
-    PRECISIONS,
     graph_contracts,
 )
 from ..errors import ConfigError
@@ -66,8 +66,9 @@ class Package:
                 f"{values.get('kind')!r}",
                 "use the program that this package was made for, or export one with `rsvlm export`",
             )
-        if values.get("precision") not in PRECISIONS:
-            raise problem(folder, f"precision must be one of {list(PRECISIONS)}, got {values.get('precision')!r}", AGAIN)
+        precisions = KIND_PRECISIONS[values["kind"]]
+        if values.get("precision") not in precisions:
+            raise problem(folder, f"precision must be one of {list(precisions)}, got {values.get('precision')!r}", AGAIN)
         _check_files(folder, values)
         try:
             config = RsvlmConfig.from_json(folder / CONFIG)
@@ -75,6 +76,11 @@ class Package:
             raise problem(folder, str(error), AGAIN) from None
         _check_graphs(folder, values, config)
         return cls(folder, values, config)
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`, the name of the backend that reads it."""
+        return str(self.manifest["kind"])
 
     @property
     def precision(self) -> str:
@@ -137,7 +143,11 @@ def _check_files(folder: Path, values: dict[str, Any]) -> None:
 
 def _check_graphs(folder: Path, values: dict[str, Any], config: RsvlmConfig) -> None:
     """The manifest's graphs are those that this version expects for the config, input by input."""
-    expected = {name: graph.to_dict() for name, graph in graph_contracts(config).items()}
+    context = values.get("context", 0)
+    if not isinstance(context, int):
+        raise problem(folder, f"manifest context must be a number of places, got {context!r}", AGAIN)
+    contracts = graph_contracts(config, values["kind"], values["precision"], context)
+    expected = {name: graph.to_dict() for name, graph in contracts.items()}
     found = values.get("graphs")
     if not isinstance(found, dict) or set(found) != set(expected):
         names = sorted(found) if isinstance(found, dict) else found

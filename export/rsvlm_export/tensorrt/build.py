@@ -28,14 +28,14 @@ def build_engine(library: Library, file: Path, contract: GraphContract, profiles
     trt = library.module
     logger, said = collecting_logger(trt)
     builder = trt.Builder(logger)
-    network, _parser = parse(library, builder, logger, file, said)
+    network, _parser = parse(library, builder, logger, file)
     check_network(trt, network, contract)
     config = builder.create_builder_config()
     if library.rtx:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, chip.replace("sm_", "SM")), 0)
     for number, profile in enumerate(profiles):
-        if config.add_optimization_profile(_profile(builder, network, contract, profile)) != number:
+        if config.add_optimization_profile(network_profile(builder, contract, profile)) != number:
             raise BackendError(f"{library.name} refuses profile {number} of {file.name} ({_words(said)}); change the bucket")
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
@@ -45,7 +45,7 @@ def build_engine(library: Library, file: Path, contract: GraphContract, profiles
     return bytes(serialized)
 
 
-def parse(library: Library, builder: Any, logger: Any, file: Path, said: list[str]) -> tuple[Any, Any]:
+def parse(library: Library, builder: Any, logger: Any, file: Path) -> tuple[Any, Any]:
     """The network of a graph file, and its parser, which owns the weights and has to outlive the build."""
     trt = library.module
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -96,7 +96,8 @@ _TYPES = {
 }
 
 
-def _profile(builder: Any, network: Any, contract: GraphContract, profile: Profile) -> Any:
+def network_profile(builder: Any, contract: GraphContract, profile: Profile) -> Any:
+    """A bucket as TensorRT keeps it."""
     made = builder.create_optimization_profile()
     for item in contract.inputs:
         if item.name in profile.scalars:

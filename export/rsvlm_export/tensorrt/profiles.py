@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rsvlm_infer.config import RsvlmConfig
@@ -63,17 +64,17 @@ def profiles(config: RsvlmConfig, contract: GraphContract, context: int) -> tupl
     Raises:
         ConfigError: a context that the model has no positions for.
     """
-    makers = {
+    makers: dict[str, Callable[[RsvlmConfig, int], list[Axes]]] = {
         VISION: _vision,
         ALIGN: _scene,
         BRIDGE: _scene,
         TEXT_EMBED: _texts,
-        WORD_EMBED: lambda config: [{"N": Range(1, min(128, context), ROWS * context)}],
-        DECODER: lambda config: _decoder(config, context),
-        CUE_SEARCH: lambda config: [{"V": Range(1, 8, _tiles(config) * 64), "M": Range(1, 4096, ENTRIES)}],
+        WORD_EMBED: _words,
+        DECODER: _decoder,
+        CUE_SEARCH: _search,
     }
     scalars = {"k": Range(1, 5, RESULTS)} if contract.name == CUE_SEARCH else {}
-    return tuple(Profile(axes, scalars) for axes in makers[contract.name](config))
+    return tuple(Profile(axes, scalars) for axes in makers[contract.name](config, context))
 
 
 def tile_buckets(config: RsvlmConfig) -> tuple[int, ...]:
@@ -99,14 +100,14 @@ def _tiled(tiles: Range, longest: Range) -> Axes:
     return {"T": tiles, "U": Range(*(value + 1 for value in (tiles.least, tiles.best, tiles.most))), "P": longest, "S": patches}
 
 
-def _vision(config: RsvlmConfig) -> list[Axes]:
+def _vision(config: RsvlmConfig, context: int) -> list[Axes]:
     """One for each length of tile: the backend gives tiles of like lengths to one call."""
     borders = (0, *tile_buckets(config))
     tiles = Range(1, 8, max(TILES_PER_CALL, _tiles(config)))
     return [_tiled(tiles, Range(before + 1, longest, longest)) for before, longest in itertools.pairwise(borders)]
 
 
-def _scene(config: RsvlmConfig) -> list[Axes]:
+def _scene(config: RsvlmConfig, context: int) -> list[Axes]:
     """One scene with all of its tiles."""
     longest, most = tile_buckets(config)[-1], _tiles(config)
     axes = _tiled(Range(1, max(1, most // 4), most), Range(1, longest, longest))
@@ -123,9 +124,19 @@ def _scene(config: RsvlmConfig) -> list[Axes]:
     return [axes]
 
 
-def _texts(config: RsvlmConfig) -> list[Axes]:
+def _texts(config: RsvlmConfig, context: int) -> list[Axes]:
     longest = config.text_encoder.max_positions if config.text_encoder is not None else 1
     return [{"B": Range(1, 1, ROWS), "N": Range(1, max(1, longest // 2), longest)}]
+
+
+def _words(config: RsvlmConfig, context: int) -> list[Axes]:
+    return [{"N": Range(1, min(128, context), ROWS * context)}]
+
+
+def _search(config: RsvlmConfig, context: int) -> list[Axes]:
+    assert config.alignment is not None
+    visual = _tiles(config) * config.alignment.salient_patches
+    return [{"V": Range(1, min(8, visual), visual), "M": Range(1, 4096, ENTRIES)}]
 
 
 def _decoder(config: RsvlmConfig, context: int) -> list[Axes]:
