@@ -34,6 +34,7 @@ def export_checkpoint(
     calibration_images: int = CALIBRATION_IMAGES,
     chips: Sequence[str] = (),
     context: int | None = None,
+    plugins: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Exports a checkpoint.
@@ -44,7 +45,7 @@ def export_checkpoint(
         report: takes one line per step.
         calibrate: for int8 and int4: an image, a folder of images, or RSICD's folder, of which the train split is taken; at most
             `calibration_images` of them are captioned in float32.
-        chips, context: for tensorrt, see `tensorrt.export.export_tensorrt`.
+        chips, context, plugins: for tensorrt, see `tensorrt.export.export_tensorrt`.
 
     Returns:
         The package's folder.
@@ -60,12 +61,16 @@ def export_checkpoint(
         raise InputError(
             f"--calibrate must be left out for --format {format}, which needs no images; leave it out, or use onnx"
         )
-    if format != "tensorrt" and (chips or context is not None):
-        raise InputError(f"--chip and --context must be left out for --format {format}; leave them out, or use tensorrt")
+    if format != "tensorrt" and (chips or context is not None or plugins):
+        raise InputError(
+            f"--chip, --context and --plugins must be left out for --format {format}; leave them out, or use tensorrt"
+        )
     if format == "tensorrt":
         from .tensorrt.export import export_tensorrt
 
-        return export_tensorrt(checkpoint, target, precision, chips, context=context, overwrite=overwrite, report=report)
+        return export_tensorrt(
+            checkpoint, target, precision, chips, context=context, plugins=plugins, overwrite=overwrite, report=report
+        )
     if format == "native":
         report(f"laying out weights at {precision}")
         return export_native(checkpoint, target, precision, overwrite=overwrite)

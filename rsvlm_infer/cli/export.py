@@ -39,6 +39,9 @@ def export(
     context: Annotated[
         int | None, typer.Option("--context", help="For tensorrt: places of a cache row; default is 1024.")
     ] = None,
+    plugins: Annotated[
+        bool, typer.Option("--plugins", help="For the full TensorRT: our own kernels for tile attention and experts.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing package.")] = False,
 ) -> int:
     """Write a package that runs without torch: graphs, config, tokenizer, knowledge and manifest in one folder."""
@@ -57,6 +60,7 @@ def export(
             calibration_images=calibration_images,
             chips=chip or (),
             context=context,
+            plugins=plugins,
             report=terminal.note,
         )
     terminal.data(str(folder))

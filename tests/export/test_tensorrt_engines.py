@@ -173,13 +173,15 @@ def test_refusals(library: Library, checkpoint: Path, tmp_path: Path) -> None:
         export_tensorrt(checkpoint, target)
     with pytest.raises(InputError, match=r"--precision must be one of .* for --format tensorrt, got 'int8'"):
         export_checkpoint(checkpoint, target, format="tensorrt", precision="int8", chips=["sm_89"])
+    with pytest.raises(InputError, match=r"--precision must be fp16 or bf16 with --plugins, got 'fp32'"):
+        export_tensorrt(checkpoint, target, "fp32", chips=["sm_89"], plugins=True)
     target.mkdir()
     with pytest.raises(CheckpointError, match="exists and is not overwritten"):
         export_tensorrt(checkpoint, target, chips=["sm_89"])
 
 
 def test_options_of_engines_are_refused_elsewhere(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--chip and --context must be left out for --format onnx"):
+    with pytest.raises(InputError, match=r"--chip, --context and --plugins must be left out for --format onnx"):
         export_checkpoint(checkpoint, tmp_path / "package", chips=["sm_89"])
 
 
@@ -209,13 +211,13 @@ def test_command_and_info(
     assert (code, out.strip()) == (0, str(target)), err
     assert "text_embed for sm_89" in err
     assert list((tmp_path / "home" / "engines").glob("*/text_embed-*.engine"))
-    code, out, _ = run(capsys, "info", "-c", str(target))
+    code, out, _ = run(capsys, "info", str(target))
     assert code == 0
     assert f"engines     sm_89 (tensorrt-rtx {library.version})" in out
     code, _, err = run(capsys, "verify", str(target), "--against", str(tmp_path / "checkpoint"), "--data", str(tmp_path))
     assert code != 0
     assert "engines have not met a GPU yet; verify an onnx package" in err
     flip_byte(target / ENGINES / "sm_89" / "text_embed.engine")
-    code, _, err = run(capsys, "info", "-c", str(target))
+    code, out, _ = run(capsys, "info", str(target))
     assert code != 0
-    assert "engines/sm_89/text_embed.engine has sha256" in err
+    assert "damaged: engines/sm_89/text_embed.engine" in out

@@ -13,7 +13,7 @@ from onnx import TensorProto
 from rsvlm_infer.contract import MICROSOFT_DOMAIN
 
 from ..linears import Linear, ModelWeights
-from . import engine_functions, functions
+from . import engine_functions, functions, plugin_functions
 from .builder import STORED, Graph
 
 HEAD = "language.head"
@@ -59,6 +59,7 @@ class Form:
     kind: str = "onnx"  # one of contract.KINDS
     products: str = "float32"  # dtype of matrix products and attention
     context: int = 0  # places of a cache row, where they are fixed
+    plugins: bool = False  # bodies are nodes of our TensorRT plugins; needs half products
 
     @property
     def engines(self) -> bool:
@@ -164,8 +165,12 @@ def tile_attention(g: Graph, source: Source, heads: Sequence[str], bounds: Seque
 
     bounds: cu_seqlens, cu_seqlens_k and, for engines, places of both.
     """
-    fused = engine_functions.fuses(source.form.products, head_dim, num_heads)
-    body = engine_functions.varlen_tile_attention(fused) if source.form.engines else functions.varlen_tile_attention()
+    if source.form.plugins:
+        body = plugin_functions.varlen_tile_attention(num_heads, head_dim)
+    elif source.form.engines:
+        body = engine_functions.varlen_tile_attention(engine_functions.fuses(source.form.products, head_dim, num_heads))
+    else:
+        body = functions.varlen_tile_attention()
     (attended,) = g.own(body, *heads, *bounds, scale=float(head_dim**-0.5))
     return source.widen(g, attended)
 

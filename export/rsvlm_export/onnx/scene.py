@@ -8,7 +8,7 @@ from onnx import TensorProto
 from rsvlm_infer.config import LEVELS, AlignmentConfig, RsvlmConfig
 from rsvlm_infer.contract import cue_names, tap_names
 
-from . import engine_functions, functions
+from . import engine_functions, functions, plugin_functions
 from .builder import Graph
 from .parts import Source, activation, tile_attention, unit_length
 
@@ -124,7 +124,10 @@ def _experts(g: Graph, source: Source, config: RsvlmConfig, base: str, features:
     offsets = g.op("Mul", g.range(g.integer(levels + 1)), g.side(base, 0))
     routed = g.own(functions.route(), g.op("Concat", *logits, axis=0), offsets, outputs=3, k=settings.top_k)
     weights = [source.factor(g, f"experts.{name}") for name in functions.expert_weight_names(settings)]
-    body = engine_functions.grouped_experts(settings) if source.form.engines else functions.grouped_experts(settings)
+    if source.form.plugins:
+        body = plugin_functions.grouped_experts(settings, config.vision.hidden_size)
+    else:
+        body = engine_functions.grouped_experts(settings) if source.form.engines else functions.grouped_experts(settings)
     (mixed,) = g.own(body, source.narrow(g, stacked), *routed, *weights)
     mixed = source.widen(g, mixed)
     out = base

@@ -48,7 +48,11 @@ def build_engine(library: Library, file: Path, contract: GraphContract, profiles
 def parse(library: Library, builder: Any, logger: Any, file: Path) -> tuple[Any, Any]:
     """The network of a graph file, and its parser, which owns the weights and has to outlive the build."""
     trt = library.module
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    embedded = getattr(trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS", None)  # of the full TensorRT
+    if embedded is not None:
+        flags |= 1 << int(embedded)
+    network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(file)):
         first = parser.get_error(0)

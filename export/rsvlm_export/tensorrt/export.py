@@ -20,6 +20,7 @@ from ..package import Plan, form_contracts, model_digest, refuse_existing, write
 from .build import build_engine
 from .cache import EngineCache, EngineKey, default_cache, graph_digest, place_file
 from .library import Library, load_library
+from .plugins import load_plugin_module, register_plugins
 from .profiles import CONTEXT, profiles
 
 
@@ -30,6 +31,7 @@ def export_tensorrt(
     chips: Sequence[str] = (),
     *,
     context: int | None = None,
+    plugins: bool = False,
     overwrite: bool = False,
     cache: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
@@ -40,6 +42,7 @@ def export_tensorrt(
         checkpoint: a folder of any supported layout. target: the package's folder. precision: of products and of the cache.
         chips: compute capabilities as "sm_89", one engine of each graph for each; with the full TensorRT the GPU's own, alone.
         context: places of a cache row; None = 1024, or what the model has positions for. cache: folder of engines.
+        plugins: our own kernels for tile attention and experts; needs the full TensorRT, and half precision.
 
     Raises:
         InputError: an unknown precision or chip. MissingDependencyError: no TensorRT. BackendError: it refuses a graph.
@@ -50,14 +53,22 @@ def export_tensorrt(
             f"--precision must be one of {list(KIND_PRECISIONS['tensorrt'])} for --format tensorrt, got {precision!r}; integer packages "
             "are for onnx and native"
         )
-    library = load_library()
+    if plugins and precision == "fp32":
+        raise InputError("--precision must be fp16 or bf16 with --plugins, got 'fp32'; choose one of them")
+    library = load_library("tensorrt" if plugins else "auto")
     if not chips:
         raise InputError(f"--chip must name at least one chip, got none; choose from {list(library.chips)} with tensorrt-rtx")
     for chip in chips:
         library.check_chip(chip)
     refuse_existing(target, overwrite)
     loaded = load_checkpoint(checkpoint)
-    form = Form("tensorrt", HALVES[precision], _context(loaded.config, context))
+    form = Form("tensorrt", HALVES[precision], _context(loaded.config, context), plugins)
+    if plugins:
+        if len(set(chips)) > 1:
+            raise InputError(
+                f"--chip must name the GPU's own chip alone with --plugins, got {list(chips)}; export once for each"
+            )
+        register_plugins(library.module, load_plugin_module(), chips[0])
     add = functools.partial(
         add_engines,
         library,
