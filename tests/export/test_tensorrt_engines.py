@@ -14,8 +14,9 @@ from tests.export.packages import CONFIGS, flip_byte  # skips without torch, onn
 
 # isort: split
 from rsvlm_export.export import export_checkpoint
-from rsvlm_export.onnx.parts import Form
-from rsvlm_export.package import form_contracts
+from rsvlm_export.linears import model_weights
+from rsvlm_export.onnx.parts import Form, Precision, Source
+from rsvlm_export.package import form_contracts, write_graphs
 from rsvlm_export.tensorrt import export as engine_export
 from rsvlm_export.tensorrt import library as libraries
 from rsvlm_export.tensorrt.build import build_engine, check_network, collecting_logger, network_profile, parse
@@ -25,6 +26,7 @@ from rsvlm_export.tensorrt.profiles import profiles
 from rsvlm_infer.contract import ENGINES
 from rsvlm_infer.errors import BackendError, CheckpointError, InputError, MissingDependencyError
 from rsvlm_infer.models.checkpoint import sha256_of
+from rsvlm_infer.models.load import load_checkpoint
 from rsvlm_infer.models.package import Package
 from tests.backends.engine_packages import engineless_package, tiny_checkpoint
 
@@ -163,6 +165,17 @@ def test_a_graph_that_cannot_be_read_is_an_error_with_a_reason(library: Library,
     file.write_bytes(b"no graph")
     with pytest.raises(BackendError, match=r"tensorrt-rtx .* cannot read text_embed.onnx \("):
         build_engine(library, file, contract, profiles(CONFIGS["full"], contract, CONTEXT), CHIPS[0])
+
+
+@pytest.mark.parametrize("graph", ["vision", "bridge"])
+def test_graphs_of_plugins_ask_for_them(library: Library, checkpoint: Path, tmp_path: Path, graph: str) -> None:
+    """tensorrt-rtx has no plugins: that it misses ours by name shows that the nodes reach its look-up, and nothing more."""
+    loaded = load_checkpoint(checkpoint)
+    form = Form("tensorrt", "float16", CONTEXT, plugins=True)
+    write_graphs(loaded.config, Source(model_weights(loaded.model), Precision("float16"), form), tmp_path)
+    contract = form_contracts(loaded.config, form)[graph]
+    with pytest.raises(BackendError, match=rf"cannot read {graph}.onnx \(tile_schedule: .*Plugin not found"):
+        build_engine(library, tmp_path / contract.file, contract, profiles(loaded.config, contract, CONTEXT), CHIPS[0])
 
 
 def test_refusals(library: Library, checkpoint: Path, tmp_path: Path) -> None:
