@@ -11,13 +11,14 @@ CPP := $(filter csrc/%,$(SOURCES))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL:
 
-.PHONY: help install dev pull bench test gates native-checks engines lint format clean
+.PHONY: help install dev pull bench test gates native-checks torch-free engines lint format clean
 
 help:
 	@echo "make bench    install, make the default checkpoint, measure it on real images (BENCH_ARGS=...)"
 	@echo "make test     install with [dev], make the default checkpoint, run the tests with coverage (PYTEST_ARGS=...)"
 	@echo "make gates    compile every Triton kernel for every chip and compare with docs/kernels-compiled.csv (no GPU needed)"
 	@echo "make native-checks  csrc under emulated CPUs, sanitizers and for aarch64 (needs Debian's qemu-user and a cross compiler)"
+	@echo "make torch-free  packages run in an environment of their own that never had torch"
 	@echo "make engines  TensorRT engines of a tiny model for two chips, built on the CPU (a part of make test)"
 	@echo "make lint     ruff, mypy --strict, import floors, clang-format"
 	@echo "make install  the package with what the bench needs, in $(VENV)"
@@ -64,6 +65,9 @@ gates: $(VENV)/.dev
 
 native-checks: $(VENV)/.dev
 	$(BIN)/python -m tests.native_checks
+
+torch-free: $(VENV)/.dev
+	$(BIN)/python -m tests.torch_free
 
 # tensorrt-rtx has wheels for Linux on x86-64 only; elsewhere they skip in `make test`, and here it fails.
 engines: $(VENV)/.dev

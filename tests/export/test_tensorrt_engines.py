@@ -30,6 +30,7 @@ from rsvlm_infer.models.load import load_checkpoint
 from rsvlm_infer.models.package import Package
 from tests.backends.engine_packages import engineless_package, tiny_checkpoint
 
+pytestmark = pytest.mark.slow
 CHIPS = ("sm_89", "sm_120")
 CONTEXT = 160
 

@@ -1,0 +1,1 @@
+"""An archive of embeddings of many scenes, and the search over it."""
