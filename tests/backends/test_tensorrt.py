@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from rsvlm_infer.backends.tensorrt import TensorrtBackend, engine_entries
 from rsvlm_infer.errors import BackendError, InputError, MissingDependencyError
 from rsvlm_infer.knowledge.store import KnowledgeBase
 from rsvlm_infer.models.package import Package
-from tests.backends.engine_packages import CHIP, OrtRunner, engineless_package, tiny_checkpoint
+from tests.backends.engine_packages import CHIP, HostDriver, HostTensorrt, OrtRunner, engineless_package, tiny_checkpoint
 
 PARITY = 1e-5  # fp32 through up to four blocks, other orders of sums
 # 11 bits of every operand and of the cache, through up to four blocks and logits of random weights
@@ -34,6 +35,7 @@ GENERATIVE = [name for name, config in CONFIGS.items() if config.language is not
 
 @dataclass(frozen=True)
 class Made:
+    package: Package
     eager: EagerBackend
     engines: TensorrtBackend
     runner: OrtRunner
@@ -56,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Get:
             runner = OrtRunner(package)
             knowledge = None if package.knowledge_folder is None else KnowledgeBase.load(package.knowledge_folder)
             engines = TensorrtBackend(package, runner, CHIP, knowledge)
-            known[name, precision] = Made(EagerBackend.load(checkpoint, "float32"), engines, runner)
+            known[name, precision] = Made(package, EagerBackend.load(checkpoint, "float32"), engines, runner)
         return known[name, precision]
 
     return get
@@ -100,7 +102,7 @@ def test_prefill_decode_and_keep(made: Get, name: str, precision: str) -> None:
     features = each.eager.encode(scenes)
     expected = [prompt(image, text) for image, text in zip(features, texts, strict=True)]
     # the same visual tokens, so that only the decoder differs
-    found = [dataclasses.replace(one, images=(on_host(one.images[0]),)) for one in expected]
+    found = [dataclasses.replace(one, images=(host_features(one.images[0]),)) for one in expected]
     capacity = max(len(one.token_ids) for one in found) + 6
     eager_logits, eager_cache = each.eager.prefill(expected, capacity)
     logits, cache = each.engines.prefill(found, capacity)
@@ -116,7 +118,7 @@ def test_prefill_decode_and_keep(made: Get, name: str, precision: str) -> None:
         assert greedy(each.engines, found, 8) == greedy(each.eager, expected, 8)
 
 
-def on_host(features: ImageFeatures) -> ImageFeatures:
+def host_features(features: ImageFeatures) -> ImageFeatures:
     """Eager's visual tokens as this backend keeps them."""
     tokens = features.handle.tokens.numpy()
     return ImageFeatures(OnnxHandle(tokens, None), len(tokens))
@@ -196,3 +198,81 @@ def test_without_a_driver_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(BackendError, match=r"CUDA memory is not to be had: no CUDA driver"):
         cuda_memory.Device()
     assert tensorrt.why_not() is not None
+
+
+@pytest.fixture
+def on_host(made: Get, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TensorrtBackend, HostTensorrt, HostDriver]]:
+    """`TensorrtBackend.load` of a float16 package, with stand-ins for libcuda and tensorrt."""
+
+    def load(refused: str = "", host_tensors: tuple[str, ...] = ()) -> tuple[TensorrtBackend, HostTensorrt, HostDriver]:
+        driver, library = HostDriver(), HostTensorrt(made("full", "fp16").package, host_tensors)
+        library.refused = refused
+        monkeypatch.setattr(cuda_memory.ctypes, "CDLL", lambda name: driver)
+        monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: object() if name == "tensorrt" else None)
+        monkeypatch.setattr(tensorrt.importlib, "import_module", lambda name: library)
+        assert tensorrt.why_not() is None
+        return TensorrtBackend.load(library.package.path), library, driver
+
+    return load
+
+
+@pytest.mark.parametrize("host_tensors", [(), ("written",)])
+def test_what_is_bound_is_what_the_graphs_say(
+    made: Get, on_host: Callable[..., tuple[TensorrtBackend, HostTensorrt, HostDriver]], host_tensors: tuple[str, ...]
+) -> None:
+    """The runner against plain onnxruntime on the same graphs: the same bits, through addresses, buckets and kept cache rows."""
+    backend, library, driver = on_host(host_tensors=host_tensors)
+    plain = made("full", "fp16").engines
+    scenes = [packed(CONFIGS["full"], *size) for size in SIZES]
+    prompts = []
+    for one, other in zip(backend.encode(scenes), plain.encode(scenes), strict=True):
+        np.testing.assert_array_equal(one.handle.tokens, other.handle.tokens)
+        np.testing.assert_array_equal(one.handle.embeddings.object, other.handle.embeddings.object)
+        prompts.append(prompt(one, [4, 5]))
+    logits, cache = backend.prefill(prompts, CONTEXT)
+    expected, plain_cache = plain.prefill(prompts, CONTEXT)
+    np.testing.assert_array_equal(logits, expected)
+    cache, plain_cache = backend.keep(cache, [2, 0, 2]), plain.keep(plain_cache, [2, 0, 2])
+    for token in (7, 9):
+        ids = np.full(3, token, np.int32)
+        np.testing.assert_array_equal(backend.decode(cache, ids), plain.decode(plain_cache, ids))
+    assert {profile for graph, profile in library.profiles if graph == "decoder"} == {0, 2}
+    assert "cue_search" not in {graph for graph, _ in library.profiles}
+    before = len(driver.alive)
+    del cache
+    assert before - len(driver.alive) == 2 * backend.config.language.num_layers  # keys and values of each layer are freed
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        ("deserialize", r"tensorrt 0.0.0 refuses engines/sm_89/vision.engine; export the package again"),
+        ("profile", r"engine of vision refuses profile \d; export the package again"),
+        ("execute", r"engine of vision failed; look at TensorRT's messages"),
+    ],
+)
+def test_what_tensorrt_refuses_is_an_error(
+    on_host: Callable[..., tuple[TensorrtBackend, HostTensorrt, HostDriver]], refused: str, words: str
+) -> None:
+    with pytest.raises(BackendError, match=words):
+        on_host(refused)[0].encode([packed(CONFIGS["full"], 32, 32)])
+
+
+def test_other_libraries_than_the_one_that_built_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=r"engines need another 1.0, which is not installed"):
+        tensorrt._library("another", "1.0")
+    monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tensorrt.importlib, "import_module", lambda name: SimpleNamespace(__version__="2.0"))
+    with pytest.raises(BackendError, match=r"engines need tensorrt 1.0, installed is 2.0; install it, or export again"):
+        tensorrt._library("tensorrt", "1.0")
+
+
+def test_a_driver_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = HostDriver(status=2)
+    monkeypatch.setattr(cuda_memory.ctypes, "CDLL", lambda name: driver)
+    device = cuda_memory.Device()
+    assert device.chip == CHIP
+    with pytest.raises(BackendError, match=r"cuMemAlloc_v2 of the CUDA driver must return 0, got 2"):
+        device.zeros(64)
+    monkeypatch.setattr(driver, "cuDeviceGetCount", lambda count: 0)
+    assert cuda_memory.why_not() == "the CUDA driver sees no device"
