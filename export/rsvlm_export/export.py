@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rsvlm_infer.contract import PRECISIONS
@@ -19,7 +19,7 @@ from .onnx.parts import Precision
 from .package import Plan, refuse_existing, write_package
 from .quantize import quantize, wants_hessian
 
-FORMATS = ("onnx", "native")
+FORMATS = ("onnx", "native", "tensorrt")
 # Nats a token by which held-out answers of a 4-bit language model may diverge from the exact one; see docs/packages.md
 DIVERGENCE_LIMIT = 0.01
 # at 64 visual tokens, prompt and caption some 7,000 rows: compensation needs several for each of a layer's inputs
@@ -36,15 +36,20 @@ def export_checkpoint(
     overwrite: bool = False,
     calibrate: str | Path | None = None,
     calibration_images: int = CALIBRATION_IMAGES,
+    chips: Sequence[str] = (),
+    context: int | None = None,
+    plugins: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Exports a checkpoint.
 
     Args:
         checkpoint: a folder of any supported layout. target: the package's folder.
-        format: "onnx", or "native" for the C++ runtime (no fp16). precision: one of `PRECISIONS`. report: takes one line per step.
+        format: "onnx", "native" for the C++ runtime (no fp16), or "tensorrt" (fp16, bf16, fp32). precision: one of `PRECISIONS`.
+        report: takes one line per step.
         calibrate: for int4, and int8 of onnx: an image, a folder of images, or RSICD's folder, of which the train split is taken; at
             most `calibration_images` of them are captioned.
+        chips, context, plugins: for tensorrt, see `tensorrt.export.export_tensorrt`.
 
     Returns:
         The package's folder.
@@ -56,6 +61,18 @@ def export_checkpoint(
         raise InputError(f"--format must be one of {list(FORMATS)}, got {format!r}; choose one of them")
     if precision not in PRECISIONS:
         raise InputError(f"--precision must be one of {list(PRECISIONS)}, got {precision!r}; choose one of them")
+    if calibrate is not None and format == "tensorrt":
+        raise InputError("--calibrate must be left out for --format tensorrt, which needs no images; leave it out")
+    if format != "tensorrt" and (chips or context is not None or plugins):
+        raise InputError(
+            f"--chip, --context and --plugins must be left out for --format {format}; leave them out, or use tensorrt"
+        )
+    if format == "tensorrt":
+        from .tensorrt.export import export_tensorrt
+
+        return export_tensorrt(
+            checkpoint, target, precision, chips, context=context, plugins=plugins, overwrite=overwrite, report=report
+        )
     if format == "native":
         return _native(checkpoint, target, precision, overwrite, calibrate, calibration_images, report)
     images = _calibration_images(precision, calibrate, calibration_images)

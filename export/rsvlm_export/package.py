@@ -27,9 +27,10 @@ from rsvlm_infer.contract import (
     DECODER,
     FORMAT,
     FORMAT_VERSION,
+    HALVES,
     KNOWLEDGE,
     MANIFEST,
-    OPSET,
+    OPSETS,
     PREPROCESSING,
     TEXT_EMBED,
     TOKENIZER_FILES,
@@ -45,7 +46,7 @@ from rsvlm_infer.models.load import LoadedCheckpoint
 from .linears import ModelWeights
 from .onnx.builder import Graph, WeightFile
 from .onnx.language import build_decoder, build_text_embed, build_word_embed
-from .onnx.parts import Precision, Source
+from .onnx.parts import Form, Precision, Source
 from .onnx.scene import build_align, build_bridge, build_cue_search
 from .onnx.vision import build_vision
 
@@ -62,27 +63,38 @@ class Plan:
 
 
 def write_package(
-    loaded: LoadedCheckpoint, weights: ModelWeights, plan: Plan, target: str | Path, *, overwrite: bool = False
+    loaded: LoadedCheckpoint,
+    weights: ModelWeights,
+    plan: Plan,
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    form: Form | None = None,
+    add: Callable[[Path], dict[str, Any]] = lambda folder: {},
 ) -> Path:
-    """Writes into a temporary sibling folder and renames it.
+    """A package of graphs.
 
     Args:
         loaded: the checkpoint, for its config, files and provenance. weights: its numbers. plan: how they are kept.
-        target: must not exist, unless `overwrite`.
+        target: must not exist, unless `overwrite`. form: which runtime the graphs are for; None = onnxruntime.
+        add: writes more files beside the finished graphs and returns what the manifest says about them.
 
     Raises:
         CheckpointError: the target exists, or the model cannot be exported.
     """
+    chosen = Form() if form is None else form
 
     def fill(folder: Path) -> dict[str, Any]:
-        write_graphs(loaded.config, Source(weights, plan.precision), folder)
+        write_graphs(loaded.config, Source(weights, plan.precision, chosen), folder)
         return {
+            **({"context": chosen.context} if chosen.context else {}),
             "stored": plan.precision.stored,
             "layers": list(plan.layers),
-            "graphs": {name: contract.to_dict() for name, contract in graph_contracts(loaded.config).items()},
+            "graphs": {name: contract.to_dict() for name, contract in form_contracts(loaded.config, chosen).items()},
+            **add(folder),
         }
 
-    return write_folder(loaded, target, "onnx", plan.name, fill, overwrite=overwrite)
+    return write_folder(loaded, target, chosen.kind, plan.name, fill, overwrite=overwrite)
 
 
 def write_folder(
@@ -94,7 +106,7 @@ def write_folder(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """What every package has, around what its kind has.
+    """What every package has, around what its kind has: into a temporary sibling folder, which is renamed.
 
     Args:
         fill: writes the kind's own files into a folder and returns what the manifest says about them.
@@ -136,7 +148,7 @@ def write_graphs(config: RsvlmConfig, source: Source, folder: Path) -> None:
     """All graphs of a config and their weight files."""
     builders: dict[str, Callable[[Graph], None]] = {
         VISION: lambda g: build_vision(g, source, config.vision),
-        CUE_SEARCH: build_cue_search,
+        CUE_SEARCH: lambda g: build_cue_search(g, source),
         TEXT_EMBED: lambda g: build_text_embed(g, source, config),
         BRIDGE: lambda g: build_bridge(g, source, config),
         WORD_EMBED: lambda g: build_word_embed(g, source),
@@ -148,14 +160,22 @@ def write_graphs(config: RsvlmConfig, source: Source, folder: Path) -> None:
         language = config.language
         builders[DECODER] = lambda g: build_decoder(g, source, language)
     files: dict[str, WeightFile] = {}
-    for contract in graph_contracts(config).values():
-        build_graph(contract, builders[contract.name], folder, files)
+    for contract in form_contracts(config, source.form).values():
+        build_graph(contract, builders[contract.name], folder, files, source.form.kind)
 
 
-def build_graph(contract: GraphContract, build: Callable[[Graph], None], folder: Path, files: dict[str, WeightFile]) -> Path:
+def form_contracts(config: RsvlmConfig, form: Form) -> dict[str, GraphContract]:
+    """What graphs of this form have to keep to."""
+    precision = next(name for name, dtype in HALVES.items() if dtype == form.products)
+    return graph_contracts(config, form.kind, precision, form.context)
+
+
+def build_graph(
+    contract: GraphContract, build: Callable[[Graph], None], folder: Path, files: dict[str, WeightFile], kind: str = "onnx"
+) -> Path:
     """One graph, its weights behind those that other graphs already put into the same file."""
     weight_file = files.setdefault(contract.weights_file, WeightFile(folder / contract.weights_file))
-    graph = Graph(contract, weight_file)
+    graph = Graph(contract, weight_file, kind)
     build(graph)
     return graph.finish(folder)
 
@@ -191,7 +211,7 @@ def _manifest(loaded: LoadedCheckpoint, folder: Path, head: dict[str, str], own:
         },
         "software": {
             "rsvlm_infer": rsvlm_infer.__version__,
-            "opset": OPSET,
+            "opset": OPSETS[head["kind"]],
             "python": platform.python_version(),
             **{name: _version(name) for name in SOFTWARE},
         },

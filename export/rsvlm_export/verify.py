@@ -140,6 +140,10 @@ def verify_package(package: str | Path, reference: Reference, *, step: Callable[
     """
     opened = Package.open(package)
     reference.require(opened)
+    if opened.kind == "tensorrt":
+        raise InputError(
+            f"package {opened.path} must be one that runs here, engines have not met a GPU yet; verify an onnx package"
+        )
     backend = load_backend(opened.path)
     step("comparing graphs")
     paths = [sample.path for sample in reference.images.samples]

@@ -37,6 +37,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "native": KIND_PRECISIONS["native"],  # of the package that it reads; "auto" takes it for one
     # after eager, so "auto" does not choose it: no GPU has run it yet; int8 and int4: weights of the language model's layers
     "cuda": ("bfloat16", "float16", "float32", "int8", "int4"),
+    "tensorrt": KIND_PRECISIONS["tensorrt"],  # of the package that it reads; no GPU has run it yet
     "onnx": KIND_PRECISIONS["onnx"],  # reads exported packages, which nothing else does; the package decides its precision
 }
 
@@ -56,6 +57,10 @@ def why_not(name: str) -> str | None:
         from .onnx import why_not as onnx_why_not
 
         return onnx_why_not()
+    if name == "tensorrt":
+        from .tensorrt import why_not as tensorrt_why_not
+
+        return tensorrt_why_not()
     if importlib.util.find_spec("torch") is None:
         return 'torch is not installed; run pip install "rsvlm-infer[torch]"'
     if name == "cuda":
@@ -118,7 +123,7 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
     if reason is not None:
         raise MissingDependencyError(f"backend {chosen!r} cannot run here: {reason}")
     asked = chosen.partition(":")[0]
-    if (asked if asked in ("native", "onnx") else None) != reader:
+    if (asked if asked in ("native", "onnx", "tensorrt") else None) != reader:
         kind = "a checkpoint" if reader is None else f"an exported package for {reader!r}"
         step = f'use {reader!r} or "auto"' if reader else "export it first with `rsvlm export`, or use another backend"
         raise BackendError(f"backend {chosen!r} does not read {path}, which is {kind}; {step}")
@@ -149,6 +154,10 @@ def _load_package(path: Path, name: str, precision: str) -> Backend:
         from .native import NativeBackend
 
         return NativeBackend.load(path)
+    if name == "tensorrt":
+        from .tensorrt import TensorrtBackend
+
+        return TensorrtBackend.load(path)
     from .onnx import OnnxBackend
 
     return OnnxBackend.load(path, name.partition(":")[2] or "cpu")

@@ -59,6 +59,7 @@ class OnnxBackend:
     """`Backend` over an exported package."""
 
     name = "onnx"
+    tiles_per_call: int | None = None  # of the vision encoder; None = as many as `tile_calls` allows
 
     def __init__(self, package: Package, provider: str = "cpu", knowledge: KnowledgeBase | None = None) -> None:
         """provider: "cpu" or "cuda"; it runs everything there or raises.
@@ -129,7 +130,7 @@ class OnnxBackend:
         lengths = np.concatenate([np.diff(scene.cu_seqlens) for scene in scenes]).astype(np.int64)
         starts = np.cumsum(lengths) - lengths
         outputs: dict[str, F32] = {}
-        for tiles in tile_calls(lengths):
+        for tiles in tile_calls(lengths, self.tiles_per_call):
             rows = np.concatenate([np.arange(starts[tile], starts[tile] + lengths[tile]) for tile in tiles])
             cu_seqlens = np.concatenate([[0], np.cumsum(lengths[tiles])]).astype(np.int32)
             part = self._run(VISION, {"patches": patches[rows], "cu_seqlens": cu_seqlens, "grids": grids[tiles]})
@@ -208,9 +209,9 @@ class OnnxBackend:
         canvas = np.pad(canvas[row_start:row_stop, col_start:col_stop], ((0, 0), (0, 1)), constant_values=total)
         return np.concatenate([order[: side * side], canvas.reshape(-1)])
 
-    def prefill(self, sequences: Sequence[Prompt], capacity: int) -> tuple[F32, OnnxCache]:
+    def prefill(self, sequences: Sequence[Prompt], capacity: int) -> tuple[F32, Any]:
         """Prompts -> next-token logits [B, V] and the cache; see `Backend.prefill`. Rows are padded on the right."""
-        context = self._require_language().max_positions
+        context = self._context()
         lengths = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
         longest = int(lengths.max())
         if capacity < longest:
@@ -220,9 +221,13 @@ class OnnxBackend:
                 f"capacity must be at most the model's {context} positions, got {capacity}; shorten prompt or answer"
             )
         embeds = self._prompt_embeds(sequences, longest)
-        cache = self._empty_cache(len(sequences), capacity)
+        cache: Any = self._empty_cache(len(sequences), capacity)
         logits = self._decoder(cache, embeds, lengths, "logits")
         return logits, cache
+
+    def _context(self) -> int:
+        """Tokens that a row may hold."""
+        return int(self._require_language().max_positions)
 
     def _prompt_embeds(self, sequences: Sequence[Prompt], longest: int) -> F32:
         """[B, N, Dl]: word embeddings with visual tokens in the places of the placeholders, zeros after each row's end."""
@@ -250,14 +255,14 @@ class OnnxBackend:
         """Visual tokens [Nv, Dl] that were made elsewhere, for a prompt."""
         return ImageFeatures(OnnxHandle(tokens, None), len(tokens))
 
-    def decode(self, cache: OnnxCache, token_ids: npt.NDArray[np.int32]) -> F32:
+    def decode(self, cache: Any, token_ids: npt.NDArray[np.int32]) -> F32:
         """One token per row -> logits [B, V]; see `Backend.decode`. The cache is written in place, never copied."""
         if int(cache.lengths.max()) >= cache.capacity:
             raise InputError(f"the cache holds {cache.capacity} tokens a row and is full; prefill with a larger capacity")
         embeds = self.embed_words(np.asarray(token_ids))[:, None]  # [B, 1, Dl]
         return self._decoder(cache, embeds, np.ones(len(embeds), np.int64), "logits")
 
-    def _decoder(self, cache: OnnxCache, embeds: F32, new: npt.NDArray[np.int64], output: str) -> F32:
+    def _decoder(self, cache: Any, embeds: F32, new: npt.NDArray[np.int64], output: str) -> F32:
         """Feeds `new` [B] tokens of embeds [B, N, Dl] to each row; the named output of each row's last one. One name per cache."""
         lengths = cache.lengths + new
         binding = cache.binding
@@ -271,7 +276,7 @@ class OnnxBackend:
         found: F32 = binding.get_outputs()[-1].numpy()  # in the order of binding: the cache came first
         return found
 
-    def _empty_cache(self, batch: int, capacity: int) -> OnnxCache:
+    def _empty_cache(self, batch: int, capacity: int) -> Any:
         language = self._require_language()
         shape = (batch, language.num_kv_heads, capacity, language.head_dim)
         arrays = {name: np.zeros(shape, np.float32) for layer in range(language.num_layers) for name in cache_names(layer)[:2]}
@@ -292,7 +297,7 @@ class OnnxBackend:
                 values[past] = value
         return OnnxCache(values, binding, lengths, capacity)
 
-    def keep(self, cache: OnnxCache, rows: Sequence[int]) -> OnnxCache:
+    def keep(self, cache: Any, rows: Sequence[int]) -> Any:
         """See `Backend.keep`."""
         chosen = np.asarray(list(rows), dtype=np.int64)
         arrays = {name: value.numpy()[chosen] for name, value in cache.values.items()}
@@ -333,15 +338,16 @@ class OnnxBackend:
         return self.config.language
 
 
-def tile_calls(lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-    """Numbers of the tiles that are encoded together, shortest tiles first; every tile once."""
+def tile_calls(lengths: npt.NDArray[np.int64], most: int | None = None) -> list[npt.NDArray[np.int64]]:
+    """Numbers of the tiles that are encoded together, shortest tiles first, at most `most`; every tile once."""
     order = np.argsort(lengths, kind="stable")
     calls: list[list[int]] = [[]]
     pairs = 0
     for tile in order:
         square = int(lengths[tile]) ** 2
         padded = (len(calls[-1]) + 1) * square  # the newest tile is the longest
-        if calls[-1] and (padded > CALL_PAIRS or padded > PADDING * (pairs + square)):
+        full = len(calls[-1]) == most
+        if calls[-1] and (full or padded > CALL_PAIRS or padded > PADDING * (pairs + square)):
             calls.append([])
             pairs = 0
         calls[-1].append(int(tile))

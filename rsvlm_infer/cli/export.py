@@ -23,13 +23,25 @@ CheckpointArgument = Annotated[
 def export(
     checkpoint: CheckpointArgument = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the package.")] = None,
-    kind: Annotated[str, typer.Option("--format", help="What to write: onnx, or native for the C++ runtime.")] = "onnx",
+    kind: Annotated[
+        str, typer.Option("--format", help="What to write: onnx, native for the C++ runtime, or tensorrt.")
+    ] = "onnx",
     precision: Annotated[str, typer.Option("--precision", help=f"One of {', '.join(PRECISIONS)}.")] = "fp32",
     calibrate: Annotated[
         Path | None,
         typer.Option("--calibrate", help="An image or a folder of images of the kind to be seen, for int4, and int8 of onnx."),
     ] = None,
     calibration_images: Annotated[int, typer.Option("--calibration-images", min=1, help="How many of them to use.")] = 64,
+    chip: Annotated[
+        list[str] | None,
+        typer.Option("--chip", help="For tensorrt: a compute capability as sm_89; again for each further one."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", help="For tensorrt: places of a cache row; default is 1024.")
+    ] = None,
+    plugins: Annotated[
+        bool, typer.Option("--plugins", help="For the full TensorRT: our own kernels for tile attention and experts.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing package.")] = False,
 ) -> int:
     """Write a package that runs without torch: graphs, config, tokenizer, knowledge and manifest in one folder."""
@@ -46,6 +58,9 @@ def export(
             overwrite=overwrite,
             calibrate=calibrate,
             calibration_images=calibration_images,
+            chips=chip or (),
+            context=context,
+            plugins=plugins,
             report=terminal.note,
         )
     terminal.data(str(folder))

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import backends, hardware
 from ..config import RsvlmConfig
-from ..contract import MANIFEST
+from ..contract import ENGINES, MANIFEST
 from ..errors import CheckpointError
 from ..models.checkpoint import DELTA_FILE, CheckpointFolder, sha256_of
 from ..models.layouts import detect_layout
@@ -115,6 +115,8 @@ def _package_report(package: Package) -> Report:
         f"size        {_size(total)}",
         f"certificate {_certificate_line(package)}",
     ]
+    chips = dict.fromkeys(f"{entry['chip']} ({entry['library']} {entry['version']})" for entry in manifest.get(ENGINES, []))
+    lines += [f"engines     {', '.join(chips)}"] if chips else []
     if "graphs" in manifest:
         lines += ["", "graphs", *(f"  {name}" for name in manifest["graphs"])]
     if finer:

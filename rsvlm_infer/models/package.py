@@ -65,7 +65,7 @@ class Package:
 
     @property
     def kind(self) -> str:
-        """ "onnx" or "native"."""
+        """One of `KINDS`, the name of the backend that reads it."""
         return str(self.manifest["kind"])
 
     @property
@@ -118,7 +118,7 @@ def read_package(folder: Path) -> tuple[Path, dict[str, Any], RsvlmConfig]:
         config = RsvlmConfig.from_json(folder / CONFIG)
     except ConfigError as error:
         raise problem(folder, str(error), AGAIN) from None
-    if values["kind"] == "onnx":
+    if values["kind"] != "native":
         _check_graphs(folder, values, config)
     return folder, values, config
 
@@ -148,7 +148,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise problem(folder, f"manifest kind must be one of {list(KINDS)}, got {kind!r}", foreign)
     if precision not in KIND_PRECISIONS[kind]:
         raise problem(folder, f"manifest precision must be one of {list(KIND_PRECISIONS[kind])}, got {precision!r}", AGAIN)
-    needed = {CONFIG} if kind == "onnx" else {CONFIG, NATIVE_WEIGHTS}
+    needed = {CONFIG, NATIVE_WEIGHTS} if kind == "native" else {CONFIG}
     if not isinstance(files, dict) or not needed <= set(files):
         raise problem(folder, f"manifest files must be an object that names {sorted(needed)}, got {_named(files)}", AGAIN)
     return values
@@ -174,7 +174,11 @@ def _damage(folder: Path, name: str, entry: Any) -> str | None:
 
 def _check_graphs(folder: Path, values: Mapping[str, Any], config: RsvlmConfig) -> None:
     """The manifest's graphs are those that this version expects for the config, input by input."""
-    expected = {name: graph.to_dict() for name, graph in graph_contracts(config).items()}
+    context = values.get("context", 0)
+    if not isinstance(context, int):
+        raise problem(folder, f"manifest context must be a number of places, got {context!r}", AGAIN)
+    contracts = graph_contracts(config, values["kind"], values["precision"], context)
+    expected = {name: graph.to_dict() for name, graph in contracts.items()}
     found = values.get("graphs")
     if not isinstance(found, dict) or set(found) != set(expected):
         raise problem(folder, f"graphs must be {sorted(expected)} for its config, got {_named(found)}", AGAIN)

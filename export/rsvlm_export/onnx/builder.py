@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from rsvlm_infer.contract import DOMAIN, IR_VERSION, MICROSOFT_DOMAIN, OPSET, Axis, GraphContract
+from rsvlm_infer.contract import DOMAIN, IR_VERSIONS, MICROSOFT_DOMAIN, OPSET, OPSETS, Axis, GraphContract
 from rsvlm_infer.errors import CheckpointError
 
 ALIGNMENT = 4096  # a page: runtimes map weights instead of reading them
@@ -29,15 +29,19 @@ class Reference:
 
 
 class Nodes:
-    """Emits nodes with fresh names; the shared half of graphs and function bodies."""
+    """Emits nodes with fresh names; the shared half of graphs and function bodies.
 
-    def __init__(self) -> None:
+    prefix: of every name; TensorRT's parser puts names of bodies and of the graph into one space.
+    """
+
+    def __init__(self, prefix: str = "t") -> None:
         self.nodes: list[onnx.NodeProto] = []
+        self._prefix = prefix
         self._count = 0
 
-    def fresh(self, prefix: str = "t") -> str:
+    def fresh(self) -> str:
         self._count += 1
-        return f"{prefix}_{self._count}"
+        return f"{self._prefix}_{self._count}"
 
     def many(
         self, kind: str, *inputs: str, outputs: int | Sequence[str], domain: str = "", **attributes: Any
@@ -94,6 +98,10 @@ class Nodes:
         """The length of one axis as an int64 scalar."""
         return self.squeeze(self.op("Shape", x, start=axis, end=axis + 1), 0)
 
+    def side_vector(self, x: str, axis: int) -> str:
+        """The length of one axis as an int64 vector of one number."""
+        return self.op("Shape", x, start=axis, end=axis + 1)
+
     def range(self, stop: str) -> str:
         """0..stop-1, int64."""
         return self.op("Range", self.integer(0), stop, self.integer(1))
@@ -129,15 +137,18 @@ class WeightFile:
 class Graph(Nodes):
     """One graph under construction, held to its contract when it is finished."""
 
-    def __init__(self, contract: GraphContract, weights: WeightFile) -> None:
+    def __init__(self, contract: GraphContract, weights: WeightFile, kind: str = "onnx") -> None:
+        """kind: one of contract.KINDS, for its opset."""
         super().__init__()
         self.contract = contract
+        self.kind = kind
         self.weight_file = weights
         self.functions: dict[str, onnx.FunctionProto] = {}
         self._initializers: dict[str, onnx.TensorProto] = {}
 
     def own(self, function: onnx.FunctionProto, *inputs: str, outputs: int = 1, **attributes: Any) -> tuple[str, ...]:
         """A node of one of our own ops, whose body goes into the model."""
+        function.opset_import[0].version = OPSETS[self.kind]
         self.functions[function.name] = function
         return self.many(function.name, *inputs, outputs=outputs, domain=DOMAIN, **attributes)
 
@@ -178,9 +189,13 @@ class Graph(Nodes):
             [_value(item.name, item.dtype, item.shape) for item in self.contract.outputs],
             list(self._initializers.values()),
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid(MICROSOFT_DOMAIN, 1)]
+        domains = {"": OPSETS[self.kind], DOMAIN: 1, **({MICROSOFT_DOMAIN: 1} if self.kind == "onnx" else {})}
         model = helper.make_model(
-            graph, opset_imports=opsets, functions=list(self.functions.values()), ir_version=IR_VERSION, producer_name="rsvlm"
+            graph,
+            opset_imports=[helper.make_opsetid(name, version) for name, version in domains.items()],
+            functions=list(self.functions.values()),
+            ir_version=IR_VERSIONS[self.kind],
+            producer_name="rsvlm",
         )
         path = folder / self.contract.file
         path.write_bytes(model.SerializeToString(deterministic=True))
@@ -215,4 +230,5 @@ def rounded_bits(name: str, value: Array, dtype: str) -> Array:
 
 
 def _value(name: str, dtype: str, shape: Sequence[Axis]) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape))
+    kind = STORED[dtype] if dtype in STORED else helper.np_dtype_to_tensor_dtype(np.dtype(dtype))  # numpy has no bfloat16
+    return helper.make_tensor_value_info(name, kind, list(shape))

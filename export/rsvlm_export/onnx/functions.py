@@ -2,6 +2,8 @@
 
 Each follows the definition in `rsvlm_infer/ops/<op>.py`. Packed rows become a padded [T, N] view where plain ONNX has no loop worth
 its price, and padding points to a row of zeros. All counts come from the inputs: nothing is fixed at export but the kind of expert.
+Where it costs nothing a length comes from an input's shape and not from its values, because TensorRT knows only shapes; what has to
+differ for it is in `engine_functions.py`.
 """
 
 from __future__ import annotations
@@ -17,64 +19,64 @@ from .builder import Nodes, Reference, function
 FAR = np.iinfo(np.int64).max
 
 
-def padded(b: Nodes, cu_seqlens: str, extra: int = 0) -> tuple[str, str, str]:
-    """[U] -> starts [T], places [N] and valid [T, N] of the longest tile's N (at least 1) places, `extra` more in each."""
+def padded(b: Nodes, cu_seqlens: str, places: str | None = None) -> tuple[str, str, str]:
+    """[U] -> starts [T], places [N] and valid [T, N]; N is the length of `places`, or is read from `cu_seqlens`."""
     bounds = b.int64(cu_seqlens)
     starts, ends = b.slice(bounds, 0, -1), b.slice(bounds, 1, FAR)
     lengths = b.op("Sub", ends, starts)
-    if extra:
-        lengths = b.op("Add", lengths, b.integer(extra))
-    longest = b.op("Max", b.op("ReduceMax", lengths, keepdims=0), b.integer(1))
-    places = b.range(longest)
+    if places is None:
+        places = b.range(b.op("Max", b.op("ReduceMax", lengths, keepdims=0), b.integer(1)))
     valid = b.op("Less", b.unsqueeze(places, 0), b.unsqueeze(lengths, 1))
     return starts, places, valid
 
 
-def tile_and_place(b: Nodes, cu_seqlens: str) -> tuple[str, str]:
-    """[U] -> the tile of each packed row and its place inside the tile, both [S]."""
-    _, _, valid = padded(b, cu_seqlens)
-    return split_pairs(b, valid)
+def tile_and_place(b: Nodes, cu_seqlens: str, rows: str) -> tuple[str, str]:
+    """[U] and the number of packed rows S -> the tile of each and its place inside the tile, both [S]."""
+    bounds = b.int64(cu_seqlens)
+    row = b.range(rows)
+    passed = b.op("LessOrEqual", b.unsqueeze(b.slice(bounds, 1, FAR), 0), b.unsqueeze(row, 1))  # [S, T]
+    tile = b.sum(b.int64(passed), 1)
+    return tile, b.op("Sub", row, b.op("Gather", bounds, tile, axis=0))
 
 
-def split_pairs(b: Nodes, valid: str) -> tuple[str, str]:
-    """Row and column of every true value of [T, N], row by row, which is the packed order."""
-    pairs = b.op("NonZero", valid)  # [2, S]
-    return b.squeeze(b.slice(pairs, 0, 1), 0), b.squeeze(b.slice(pairs, 1, 2), 0)
-
-
-def _padded_rows(b: Nodes, x: str, cu_seqlens: str) -> tuple[str, str]:
+def padded_rows(b: Nodes, x: str, cu_seqlens: str, places: str | None = None) -> tuple[str, str]:
     """x [S, H, D] -> [T, N, H, D] with zeros as padding, and valid [T, N]."""
-    starts, places, valid = padded(b, cu_seqlens)
+    starts, places, valid = padded(b, cu_seqlens, places)
     rows = b.op("Where", valid, b.op("Add", b.unsqueeze(starts, 1), b.unsqueeze(places, 0)), b.side(x, 0))
     zeros = b.op("Expand", b.op("CastLike", b.number(0.0), x), b.op("Concat", b.ints(1), b.op("Shape", x, start=1), axis=0))
     return b.op("Gather", b.op("Concat", x, zeros, axis=0), rows, axis=0), valid
 
 
+def packed_rows(b: Nodes, tiles: str, cu_seqlens: str, like: str) -> str:
+    """[T, N, H, D] -> the rows [S, H, D] of `like`, without the padding."""
+    tile, place = tile_and_place(b, cu_seqlens, b.side(like, 0))
+    flat = b.op("Reshape", tiles, b.op("Concat", b.ints(-1), b.op("Shape", like, start=1), axis=0))
+    return b.op("Gather", flat, b.op("Add", b.op("Mul", tile, b.side(tiles, 1)), place), axis=0)
+
+
 def varlen_tile_attention() -> onnx.FunctionProto:
     """q [S, H, D], k, v [Sk, H, D], cu_seqlens, cu_seqlens_k [U] -> [S, H, D]; a tile without keys gives zeros."""
-    b = Nodes()
+    b = Nodes("varlen_tile_attention")
     scale = b.op("Constant", value_float=Reference("scale", AttributeProto.FLOAT))
-    q, valid_q = _padded_rows(b, b.op("Mul", "q", b.op("CastLike", scale, "q")), "cu_seqlens")
-    k, valid_k = _padded_rows(b, "k", "cu_seqlens_k")
-    v, _ = _padded_rows(b, "v", "cu_seqlens_k")
+    q, _ = padded_rows(b, b.op("Mul", "q", b.op("CastLike", scale, "q")), "cu_seqlens")
+    k, valid_k = padded_rows(b, "k", "cu_seqlens_k")
+    v, _ = padded_rows(b, "v", "cu_seqlens_k")
     scores = b.op("MatMul", b.op("Transpose", q, perm=[0, 2, 1, 3]), b.op("Transpose", k, perm=[0, 2, 3, 1]))  # [T, H, N, Nk]
     seen = b.unsqueeze(valid_k, 1, 2)
     # padding has the weight exp(-1e30) = 0; a tile of padding alone averages rows of zeros
     weights = b.softmax(b.op("Where", seen, scores, b.op("CastLike", b.number(-1e30), "q")))
     out = b.op("Transpose", b.op("MatMul", weights, b.op("Transpose", v, perm=[0, 2, 1, 3])), perm=[0, 2, 1, 3])  # [T, N, H, D]
-    flat = b.op("Reshape", out, b.op("Concat", b.ints(-1), b.op("Shape", "q", start=1), axis=0))
-    rows = b.squeeze(b.op("NonZero", b.reshape(valid_q, -1)), 0)
-    b.many("Gather", flat, rows, outputs=["out"], axis=0)
+    b.many("Identity", packed_rows(b, out, "cu_seqlens", "q"), outputs=["out"])
     return function("VarlenTileAttention", ["q", "k", "v", "cu_seqlens", "cu_seqlens_k"], ["out"], b, ["scale"])
 
 
 def grid_positions(interpolation: str) -> onnx.FunctionProto:
-    """table [G·G, Dv], cu_seqlens [U], grids [T, 2] -> the table interpolated at each patch of each tile, [S, Dv].
+    """table [G·G, Dv], cu_seqlens [U], grids [T, 2], rows [S, ..] -> the table interpolated at each patch of each tile, [S, Dv].
 
     As torch's interpolate with align_corners=False: bicubic with a = -0.75, or bilinear; a grid of G by G gives the table itself.
     """
-    b = Nodes()
-    tile, place = tile_and_place(b, "cu_seqlens")
+    b = Nodes("grid_positions")
+    tile, place = tile_and_place(b, "cu_seqlens", b.side("rows", 0))
     shapes = b.op("Gather", b.int64("grids"), tile, axis=0)  # [S, 2]
     rows, columns = b.squeeze(b.slice(shapes, 0, 1, 1), 1), b.squeeze(b.slice(shapes, 1, 2, 1), 1)
     total = b.cast(b.side("table", 0), TensorProto.FLOAT)
@@ -89,7 +91,7 @@ def grid_positions(interpolation: str) -> onnx.FunctionProto:
     near = b.op("Gather", "table", b.reshape(index, -1, count), axis=0)  # [S, 16, Dv]
     mixed = b.op("MatMul", b.reshape(weight, -1, 1, count), near)
     b.many("Squeeze", mixed, b.ints(1), outputs=["positions"])
-    return function("GridPositions", ["table", "cu_seqlens", "grids"], ["positions"], b)
+    return function("GridPositions", ["table", "cu_seqlens", "grids", "rows"], ["positions"], b)
 
 
 def _source(b: Nodes, place: str, length: str, side: str) -> str:
@@ -138,9 +140,10 @@ def _linear(b: Nodes, place: str, length: str, side: str, side_int: str) -> tupl
 
 def pixel_shuffle() -> onnx.FunctionProto:
     """features [S, D], cu_seqlens [U], grids [T, 2] with even sides -> [S/4, 4·D], 2 x 2 patches of one tile, row-major."""
-    b = Nodes()
+    b = Nodes("pixel_shuffle")
     bounds = b.int64("cu_seqlens")
-    tile, place = tile_and_place(b, b.op("Div", bounds, b.integer(4)))
+    tokens = b.op("Div", b.side("features", 0), b.integer(4))
+    tile, place = tile_and_place(b, b.op("Div", bounds, b.integer(4)), tokens)
     columns = b.squeeze(b.op("Gather", b.slice(b.int64("grids"), 1, 2, 1), tile, axis=0), 1)  # [S/4]
     half = b.op("Div", columns, b.integer(2))
     row = b.op("Mul", b.op("Div", place, half), b.integer(2))
@@ -158,7 +161,7 @@ def pixel_shuffle() -> onnx.FunctionProto:
 
 def route() -> onnx.FunctionProto:
     """logits [N, E], level_offsets [L + 1] -> expert_offsets int32 [E + 1], permutation int32 [N·k], weights [N, k]; see ops/route.py."""
-    b = Nodes()
+    b = Nodes("route")
     k = b.reshape(b.op("Constant", value_int=Reference("k", AttributeProto.INT)), 1)
     tokens, experts = b.side("logits", 0), b.side("logits", 1)
     levels = b.op("Sub", b.side("level_offsets", 0), b.integer(1))
@@ -171,20 +174,24 @@ def route() -> onnx.FunctionProto:
     best, order = b.many("TopK", inside, k, outputs=2, axis=1, largest=1, sorted=1)  # equal values: the lowest index first
     b.many("Softmax", best, outputs=["weights"], axis=1)
     chosen = b.reshape(b.op("Add", first, order), -1)  # [N·k]
-    slots = b.side(chosen, 0)
-    # one number per slot that sorts by expert, then by slot: no runtime can break the tie in its own way
-    key = b.op("Add", b.op("Mul", chosen, slots), b.range(slots))
-    _, permutation = b.many("TopK", key, b.unsqueeze(slots, 0), outputs=2, axis=0, largest=0, sorted=1)
+    hits = b.int64(b.op("Equal", b.unsqueeze(chosen, 1), b.unsqueeze(b.range(experts), 0)))  # [N·k, E]
+    counts = b.sum(hits, 0)  # [E]
+    ends = b.op("CumSum", counts, b.integer(0))
+    offsets = b.op("Concat", b.ints(0), ends, axis=0)
+    b.many("Cast", offsets, outputs=["expert_offsets"], to=TensorProto.INT32)
+    # a slot's place = the start of its expert + the slots before it that chose the same: no sort, so no tie to break
+    earlier = b.op("CumSum", hits, b.integer(0), exclusive=1)
+    start = b.op("Gather", offsets, chosen, axis=0)
+    place = b.op("Add", start, b.sum(b.op("Mul", earlier, hits), 1))  # [N·k]
+    slots = b.range(b.side(chosen, 0))
+    permutation = b.op("ScatterElements", b.op("Mul", slots, b.integer(0)), place, slots, axis=0)
     b.many("Cast", permutation, outputs=["permutation"], to=TensorProto.INT32)
-    bounds = b.range(b.op("Add", experts, b.integer(1)))
-    before = b.op("Less", b.unsqueeze(chosen, 0), b.unsqueeze(bounds, 1))  # [E + 1, N·k]
-    b.many("Cast", b.sum(b.int64(before), 1), outputs=["expert_offsets"], to=TensorProto.INT32)
     return function("Route", ["logits", "level_offsets"], ["expert_offsets", "permutation", "weights"], b, ["k"])
 
 
 def grouped_experts(config: ExpertsConfig) -> onnx.FunctionProto:
     """x [N, D], what `Route` gives, the experts' weights -> [N, D]; see ops/grouped_experts.py. Every expert has its branch."""
-    b = Nodes()
+    b = Nodes("grouped_experts")
     inputs = ["x", "expert_offsets", "permutation", "weights", *expert_weight_names(config)]
     k = b.side("weights", 1)
     permutation, offsets = b.int64("permutation"), b.int64("expert_offsets")
@@ -227,12 +234,15 @@ def expert_weight_names(config: ExpertsConfig) -> tuple[str, ...]:
     return kinds[config.kind]
 
 
-def cue_search() -> onnx.FunctionProto:
-    """visual [V, De], query [De], entries fp16 [M, De], k, beta fp64 -> scores [min(k, M)], rows; sums in float64 as ops/cue_search.py."""
-    b = Nodes()
-    entries = b.cast("entries", TensorProto.DOUBLE)
-    near = b.op("MatMul", entries, b.op("Transpose", b.cast("visual", TensorProto.DOUBLE), perm=[1, 0]))  # [M, V]
-    asked = b.op("MatMul", entries, b.op("Mul", b.cast("query", TensorProto.DOUBLE), "beta"))  # [M]
+def cue_search(sums: int = TensorProto.DOUBLE) -> onnx.FunctionProto:
+    """visual [V, De], query [De], entries fp16 [M, De], k, beta -> scores [min(k, M)], rows; sums in float64 as ops/cue_search.py.
+
+    sums: the type of `beta` and of the sums; TensorRT has no float64.
+    """
+    b = Nodes("cue_search")
+    entries = b.cast("entries", sums)
+    near = b.op("MatMul", entries, b.op("Transpose", b.cast("visual", sums), perm=[1, 0]))  # [M, V]
+    asked = b.op("MatMul", entries, b.op("Mul", b.cast("query", sums), "beta"))  # [M]
     score = b.op("Add", b.op("ReduceMax", near, b.ints(1), keepdims=0), asked)
     count = b.op("Min", b.reshape("k", 1), b.op("Shape", "entries", start=0, end=1))
     rounded = b.cast(score, TensorProto.FLOAT)  # ties are decided between float32 scores

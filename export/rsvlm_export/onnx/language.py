@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,8 +11,11 @@ from rsvlm_infer.config import LanguageConfig, RsvlmConfig, TextEncoderConfig
 from rsvlm_infer.contract import ATTENTION_HEAD_MULTIPLE, MICROSOFT_DOMAIN, cache_names
 from rsvlm_infer.errors import CheckpointError
 
+from . import engine_functions
 from .builder import Graph
 from .parts import Source, activation, unit_length
+
+Attend = Callable[[str, int], str]  # the packed projection [B, N, ..] and the layer's number -> [B, N, H·D]
 
 
 def build_word_embed(g: Graph, source: Source) -> None:
@@ -26,44 +31,87 @@ def build_decoder(g: Graph, source: Source, config: LanguageConfig) -> None:
     Raises:
         CheckpointError: a head size that GroupQueryAttention does not take.
     """
-    if config.head_dim % ATTENTION_HEAD_MULTIPLE:
+    if not source.form.engines and config.head_dim % ATTENTION_HEAD_MULTIPLE:
         raise CheckpointError(
             f"language.head_dim must be a multiple of {ATTENTION_HEAD_MULTIPLE} for GroupQueryAttention, got {config.head_dim}; "
             "this model runs with the eager backend only"
         )
-    cos, sin = rotary_tables(config)
-    tables = g.stored("rotary.cos", cos), g.stored("rotary.sin", sin)
+    attend = _engine_attention(g, source, config) if source.form.engines else _onnxruntime_attention(g, config)
     x = "inputs_embeds"
     for index in range(config.num_layers):
-        x = _layer(g, source, config, x, index, tables)
+        x = _layer(g, source, config, x, index, attend)
     last = g.op("GatherND", x, g.unsqueeze("last", 1), batch_dims=1)  # [B, Dl]: only these rows pay for the vocabulary
     state = source.rms_norm(g, last, "language_model.norm", config.rms_norm_eps)
     g.rename(state, "state")
     g.rename(source.linear(g, state, "language.head"), "logits")
 
 
-def _layer(g: Graph, source: Source, config: LanguageConfig, x: str, index: int, tables: tuple[str, str]) -> str:
+def _onnxruntime_attention(g: Graph, config: LanguageConfig) -> Attend:
+    """onnxruntime's node, which turns q and k and writes the cache."""
+    cos, sin = rotary_tables(config)
+    tables = g.stored("rotary.cos", cos), g.stored("rotary.sin", sin)
+
+    def attend(qkv: str, index: int) -> str:
+        past_key, past_value, present_key, present_value = cache_names(index)
+        attended = g.fresh()
+        g.many(
+            "GroupQueryAttention",
+            qkv,
+            "",  # keys and values are in the packed first input
+            "",
+            past_key,
+            past_value,
+            "seqlens_k",
+            "total_sequence_length",
+            *tables,
+            outputs=[attended, present_key, present_value],
+            domain=MICROSOFT_DOMAIN,
+            num_heads=config.num_heads,
+            kv_num_heads=config.num_kv_heads,
+            do_rotary=1,
+            rotary_interleaved=0,
+        )
+        return attended
+
+    return attend
+
+
+def _engine_attention(g: Graph, source: Source, config: LanguageConfig) -> Attend:
+    """The same in standard ops: q and k are turned in float32, TensorScatter writes the cache, Attention reads all of its places."""
+    cos, sin = rotary_tables(config)
+    tables = g.stored("rotary.cos", cos), g.stored("rotary.sin", sin)
+    new = g.range(g.side("inputs_embeds", 1))
+    positions = g.op("Add", g.unsqueeze("written", 1), g.unsqueeze(new, 0))  # [B, N]
+    places = g.ints(*range(source.form.context))
+    seen = g.op("LessOrEqual", g.unsqueeze(places, 0, 1), g.unsqueeze(positions, 2))  # [B, N, C]
+    score = g.op("Where", seen, g.number(0.0), g.number(engine_functions.PADDING_SCORE))
+    mask = source.narrow(g, g.unsqueeze(score, 1))  # [B, 1, N, C]
+    fused = engine_functions.fuses(source.form.products, config.head_dim, config.num_kv_heads)
+    group = config.num_heads // config.num_kv_heads
+    sizes = [config.num_heads * config.head_dim, *[config.num_kv_heads * config.head_dim] * 2]
+
+    def attend(qkv: str, index: int) -> str:
+        past_key, past_value, present_key, present_value = cache_names(index)
+        split = g.many("Split", qkv, g.ints(*sizes), outputs=3, axis=-1)
+        counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        q, k, v = (
+            g.op("Transpose", g.reshape(part, 0, 0, count, config.head_dim), perm=[0, 2, 1, 3])
+            for part, count in zip(split, counts, strict=True)
+        )
+        q, k = (g.op("RotaryEmbedding", each, *tables, positions, interleaved=0) for each in (q, k))
+        g.many("TensorScatter", past_key, source.narrow(g, k), "written", outputs=[present_key], axis=-2)
+        g.many("TensorScatter", past_value, source.narrow(g, v), "written", outputs=[present_value], axis=-2)
+        scale = float(config.head_dim**-0.5)
+        attended = engine_functions.attention(g, source.narrow(g, q), present_key, present_value, mask, scale, fused, group)
+        return g.reshape(g.op("Transpose", source.widen(g, attended), perm=[0, 2, 1, 3]), 0, 0, sizes[0])
+
+    return attend
+
+
+def _layer(g: Graph, source: Source, config: LanguageConfig, x: str, index: int, attend: Attend) -> str:
     name, eps = f"language_model.layers.{index}", config.rms_norm_eps
     qkv = source.linear(g, source.rms_norm(g, x, f"{name}.input_norm", eps), f"language.{index}.qkv")
-    past_key, past_value, present_key, present_value = cache_names(index)
-    attended = g.fresh("attended")
-    g.many(
-        "GroupQueryAttention",
-        qkv,
-        "",  # keys and values are in the packed first input
-        "",
-        past_key,
-        past_value,
-        "seqlens_k",
-        "total_sequence_length",
-        *tables,
-        outputs=[attended, present_key, present_value],
-        domain=MICROSOFT_DOMAIN,
-        num_heads=config.num_heads,
-        kv_num_heads=config.num_kv_heads,
-        do_rotary=1,
-        rotary_interleaved=0,
-    )
+    attended = attend(qkv, index)
     x = g.op("Add", x, source.linear(g, attended, f"language.{index}.o"))
     both = source.linear(g, source.rms_norm(g, x, f"{name}.post_norm", eps), f"language.{index}.gate_up")
     gate, up = g.many("Split", both, outputs=2, axis=-1, num_outputs=2)

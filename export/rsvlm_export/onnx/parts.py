@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,10 @@ from onnx import TensorProto
 from rsvlm_infer.contract import MICROSOFT_DOMAIN
 
 from ..linears import Linear, ModelWeights
-from .builder import Graph
+from . import engine_functions, functions, plugin_functions
+from .builder import STORED, Graph
+
+HEAD = "language.head"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,26 +53,67 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Form:
+    """Which runtime graphs are written for. A runtime that has half-precision kernels multiplies in `products`, float32 between."""
+
+    kind: str = "onnx"  # one of contract.KINDS
+    products: str = "float32"  # dtype of matrix products and attention
+    context: int = 0  # places of a cache row, where they are fixed
+    plugins: bool = False  # bodies are nodes of our TensorRT plugins; needs half products
+
+    @property
+    def engines(self) -> bool:
+        return self.kind == "tensorrt"
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a graph's numbers come from."""
 
     weights: ModelWeights
     precision: Precision
+    form: Form = field(default_factory=Form)
 
     def linear(self, g: Graph, x: str, name: str) -> str:
-        """x [..., in] -> [..., out]."""
+        """x [..., in] -> [..., out], float32."""
         layer = self.weights.linears[name]
+        if self.form.products != "float32":
+            y = self.widen(g, self._half_product(g, self.narrow(g, x), name, layer))
+            return y if layer.bias is None else g.op("Add", y, g.stored(f"{name}.bias", layer.bias))
         codes = self.precision.rounded.get(name)
         if isinstance(codes, BlockCodes):
             y = _block_product(g, x, name, layer, codes)
         elif isinstance(codes, RowCodes):
             y = _row_product(g, x, name, codes)
-        elif name == "language.head":  # kept as [V, Dl], because a tied table is also the word embedding
-            tied = layer.weight is self.weights.others["language_model.embed_tokens.weight"]
-            y = g.op("Gemm", x, self._kept(g, "language.table" if tied else f"{name}.weight", layer.weight, name), transB=1)
+        elif name == HEAD:
+            y = g.op("Gemm", x, self._kept(g, self._head_key(layer), layer.weight, name), transB=1)
         else:
             y = g.op("MatMul", x, self._kept(g, f"{name}.weight", layer.weight.T, name))
         return y if layer.bias is None else g.op("Add", y, g.stored(f"{name}.bias", layer.bias))
+
+    def _half_product(self, g: Graph, x: str, name: str, layer: Linear) -> str:
+        if name == HEAD:
+            return g.op("Gemm", x, g.keep(self._head_key(layer), layer.weight, self.form.products), transB=1)
+        return g.op("MatMul", x, g.keep(f"{name}.weight", layer.weight.T, self.form.products))
+
+    def _head_key(self, layer: Linear) -> str:
+        """The head is kept as [V, Dl], because a tied table is also the word embedding."""
+        return (
+            "language.table" if layer.weight is self.weights.others["language_model.embed_tokens.weight"] else f"{HEAD}.weight"
+        )
+
+    def narrow(self, g: Graph, x: str) -> str:
+        """float32 -> the dtype of products."""
+        return x if self.form.products == "float32" else g.cast(x, STORED[self.form.products])
+
+    def widen(self, g: Graph, x: str) -> str:
+        """What products gave -> float32."""
+        return x if self.form.products == "float32" else g.cast(x, TensorProto.FLOAT)
+
+    def factor(self, g: Graph, name: str) -> str:
+        """A large parameter that is no Linear, in the dtype of products."""
+        value = self.weights.others[name]
+        return self.matrix(g, name) if self.form.products == "float32" else g.keep(name, value, self.form.products)
 
     def _kept(self, g: Graph, key: str, value: Any, name: str) -> str:
         return g.weight(key, value, self.precision.kept.get(name, self.precision.stored))
@@ -114,6 +158,21 @@ def _row_product(g: Graph, x: str, name: str, codes: RowCodes) -> str:
     product = g.op("MatMulInteger", rounded, g.stored(f"{name}.codes", codes.codes), zero, weight_zero)
     factor = g.op("Mul", scale, g.stored(f"{name}.scales", codes.scales))
     return g.op("Mul", g.cast(product, TensorProto.FLOAT), factor)
+
+
+def tile_attention(g: Graph, source: Source, heads: Sequence[str], bounds: Sequence[str], num_heads: int, head_dim: int) -> str:
+    """q, k, v [S, H, D] in the dtype of products -> [S, H, D] float32.
+
+    bounds: cu_seqlens, cu_seqlens_k and, for engines, places of both.
+    """
+    if source.form.plugins:
+        body = plugin_functions.varlen_tile_attention(num_heads, head_dim)
+    elif source.form.engines:
+        body = engine_functions.varlen_tile_attention(engine_functions.fuses(source.form.products, head_dim, num_heads))
+    else:
+        body = functions.varlen_tile_attention()
+    (attended,) = g.own(body, *heads, *bounds, scale=float(head_dim**-0.5))
+    return source.widen(g, attended)
 
 
 def activation(g: Graph, x: str, kind: str) -> str:

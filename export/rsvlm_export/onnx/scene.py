@@ -8,61 +8,66 @@ from onnx import TensorProto
 from rsvlm_infer.config import LEVELS, AlignmentConfig, RsvlmConfig
 from rsvlm_infer.contract import cue_names, tap_names
 
-from . import functions
+from . import engine_functions, functions, plugin_functions
 from .builder import Graph
-from .parts import Source, activation, unit_length
+from .parts import Source, activation, tile_attention, unit_length
 
 LAYER_NORM_EPS = 1e-5  # torch's default, which augmentation, experts and projector use
 
 
 def build_align(g: Graph, source: Source, config: AlignmentConfig, eps: float) -> None:
     """Emits the nodes of the heads that the config names; see layers/alignment.py."""
+    places = g.int64("places") if any(item.name == "places" for item in g.contract.inputs) else None
     taps = dict(zip(LEVELS, tap_names(), strict=True))
     for level in config.levels:
         if level == LEVELS[0]:
-            states = _salient(g, taps[level], config.salient_patches)  # [T, k, Dv]
+            count = g.side("salient", 0) if source.form.engines else None
+            states = _salient(g, taps[level], config.salient_patches, places, count)  # [T, k, Dv]
         elif level == LEVELS[1]:
-            states = _tile_means(g, taps[level], "cu_seqlens")  # [T, Dv]
+            states = _tile_means(g, taps[level], "cu_seqlens", places)  # [T, Dv]
         elif config.pooling == "class":
             states = g.squeeze(g.slice("class_tokens", 0, 1), 0)
         else:
             base = g.slice(g.int64("cu_seqlens"), 0, 2)  # the base tile is tile 0
-            states = g.squeeze(_tile_means(g, taps[level], base), 0)
+            states = g.squeeze(_tile_means(g, taps[level], base, places), 0)
         head = source.linear(g, source.layer_norm(g, states, f"alignment.{level}.norm", eps), f"align.{level}")
         g.rename(unit_length(g, head), level)
 
 
-def _tiles(g: Graph, x: str, cu_seqlens: str) -> tuple[str, str, str]:
+def _tiles(g: Graph, x: str, cu_seqlens: str, known: str | None) -> tuple[str, str, str]:
     """[S, D] -> [T, N, D] with zeros as padding, the tiles' lengths [T, 1] as floats, valid [T, N]."""
-    starts, places, valid = functions.padded(g, cu_seqlens)
+    starts, places, valid = functions.padded(g, cu_seqlens, known)
     rows = g.op("Where", valid, g.op("Add", g.unsqueeze(starts, 1), g.unsqueeze(places, 0)), g.integer(0))
     shown = g.cast(valid, TensorProto.FLOAT)
     tiles = g.op("Mul", g.op("Gather", x, rows, axis=0), g.unsqueeze(shown, 2))
     return tiles, g.sum(shown, 1, keep=True), valid
 
 
-def _tile_means(g: Graph, x: str, cu_seqlens: str) -> str:
-    tiles, lengths, _ = _tiles(g, x, cu_seqlens)
+def _tile_means(g: Graph, x: str, cu_seqlens: str, places: str | None) -> str:
+    tiles, lengths, _ = _tiles(g, x, cu_seqlens, places)
     return g.op("Div", g.sum(tiles, 1), lengths)
 
 
-def _salient(g: Graph, tap: str, count: int) -> str:
-    """The patches farthest from their tile's mean, [T, k, Dv]; k is the shortest tile's length where that is less."""
-    tiles, lengths, valid = _tiles(g, tap, "cu_seqlens")
+def _salient(g: Graph, tap: str, most: int, places: str | None, k: str | None) -> str:
+    """The patches farthest from their tile's mean, [T, k, Dv]; k, unless given, is `most` or the shortest tile's length if that is less."""
+    tiles, lengths, valid = _tiles(g, tap, "cu_seqlens", places)
     mean = g.op("Div", g.sum(tiles, 1, keep=True), g.unsqueeze(lengths, 2))
     distance = g.op("ReduceSumSquare", g.op("Sub", tiles, mean), g.ints(2), keepdims=0)  # [T, N]
-    k = g.op("Min", g.int64(g.op("ReduceMin", lengths, keepdims=0)), g.integer(count))
+    if k is None:
+        k = g.op("Min", g.int64(g.op("ReduceMin", lengths, keepdims=0)), g.integer(most))
     ranked = g.op("Where", valid, distance, g.number(-1.0))
     _, order = g.many("TopK", ranked, g.unsqueeze(k, 0), outputs=2, axis=1, largest=1, sorted=1)  # [T, k]
     starts = g.slice(g.int64("cu_seqlens"), 0, -1)
     return g.op("Gather", tap, g.op("Add", g.unsqueeze(starts, 1), order), axis=0)
 
 
-def build_cue_search(g: Graph) -> None:
+def build_cue_search(g: Graph, source: Source) -> None:
     """One node: the op with its body."""
     names = [item.name for item in g.contract.inputs]
-    g.functions["CueSearch"] = functions.cue_search()
-    g.many("CueSearch", *names, outputs=[item.name for item in g.contract.outputs], domain="rsvlm")
+    body = functions.cue_search(TensorProto.FLOAT if source.form.engines else TensorProto.DOUBLE)
+    outputs = [item.name for item in g.contract.outputs]
+    for name, value in zip(outputs, g.own(body, *names, outputs=len(outputs)), strict=True):
+        g.rename(value, name)
 
 
 def build_bridge(g: Graph, source: Source, config: RsvlmConfig) -> None:
@@ -92,11 +97,12 @@ def _augmented(g: Graph, source: Source, config: RsvlmConfig, level: int) -> str
     # in full: reshape cannot infer a side where a scene has neither cues nor query
     split = [
         g.op("Reshape", each, g.op("Concat", g.op("Shape", each, start=0, end=1), g.ints(heads, width // heads), axis=0))
-        for each in (q, k, v)
+        for each in (source.narrow(g, part) for part in (q, k, v))
     ]
     bounds = [g.op("Concat", g.ints(0), g.op("Shape", each, start=0, end=1), axis=0) for each in (tap, context)]
-    scale = float((width // heads) ** -0.5)
-    (attended,) = g.own(functions.varlen_tile_attention(), *split, *bounds, scale=scale)
+    if source.form.engines:  # one tile: its length is a shape here
+        bounds += [g.range(g.op("Max", g.side(each, 0), g.integer(1))) for each in (tap, context)]
+    attended = tile_attention(g, source, split, bounds, heads, width // heads)
     out = source.linear(g, g.reshape(attended, 0, width), f"bridge.{level}.o")
     gate = g.op("Tanh", source.vector(g, f"{name}.gate"))
     return g.op("Add", tap, g.op("Mul", out, gate))
@@ -117,8 +123,13 @@ def _experts(g: Graph, source: Source, config: RsvlmConfig, base: str, features:
     stacked = g.op("Concat", *normed, axis=0)  # [3·S, Dv]
     offsets = g.op("Mul", g.range(g.integer(levels + 1)), g.side(base, 0))
     routed = g.own(functions.route(), g.op("Concat", *logits, axis=0), offsets, outputs=3, k=settings.top_k)
-    weights = [source.matrix(g, f"experts.{name}") for name in functions.expert_weight_names(settings)]
-    (mixed,) = g.own(functions.grouped_experts(settings), stacked, *routed, *weights)
+    weights = [source.factor(g, f"experts.{name}") for name in functions.expert_weight_names(settings)]
+    if source.form.plugins:
+        body = plugin_functions.grouped_experts(settings, config.vision.hidden_size)
+    else:
+        body = engine_functions.grouped_experts(settings) if source.form.engines else functions.grouped_experts(settings)
+    (mixed,) = g.own(body, source.narrow(g, stacked), *routed, *weights)
+    mixed = source.widen(g, mixed)
     out = base
     for level, part in enumerate(g.many("Split", mixed, outputs=levels, axis=0, num_outputs=levels)):
         gate = g.op("Tanh", source.vector(g, f"experts.levels.{level}.gate"))
@@ -138,5 +149,5 @@ def _projected(g: Graph, source: Source, config: RsvlmConfig, x: str) -> str:
     if not settings.box_embedding:
         return tokens
     bounds = g.op("Div", g.int64("cu_seqlens"), g.integer(settings.pixel_shuffle**2))
-    tile, _ = functions.tile_and_place(g, bounds)
+    tile, _ = functions.tile_and_place(g, bounds, g.side(tokens, 0))
     return g.op("Add", tokens, g.op("Gather", source.linear(g, "boxes", "bridge.box"), tile, axis=0))
