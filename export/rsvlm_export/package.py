@@ -211,7 +211,7 @@ def _manifest(loaded: LoadedCheckpoint, folder: Path, head: dict[str, str], own:
         },
         "software": {
             "rsvlm_infer": rsvlm_infer.__version__,
-            "opset": OPSETS[head["kind"]],
+            **({"opset": OPSETS[head["kind"]]} if head["kind"] in OPSETS else {}),
             "python": platform.python_version(),
             **{name: _version(name) for name in SOFTWARE},
         },
