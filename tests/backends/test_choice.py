@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from rsvlm_infer.backends import choose_backend, load_backend
+from rsvlm_infer.contract import ARCHITECTURE, CONFIG, FORMAT, MANIFEST, NATIVE_WEIGHTS
 from rsvlm_infer.errors import RsvlmError
 from tests.native import needs_native
 
 
 def _package(folder: Path, kind: str) -> Path:
+    """A manifest that can be read, and none of the files that it names."""
     folder.mkdir()
-    (folder / "manifest.json").write_text(json.dumps({"kind": kind}))
+    values = {"format": FORMAT, "version": 1, "architecture": ARCHITECTURE, "kind": kind, "precision": "fp32"}
+    (folder / MANIFEST).write_text(json.dumps({**values, "files": {CONFIG: {}, NATIVE_WEIGHTS: {}}}))
     return folder
 
 
