@@ -63,7 +63,9 @@ class Access:
     @property
     def options(self) -> dict[str, str]:
         """GDAL options that hold a reader to it: an allowed VRT may still not reach the network without `allow_vsi`."""
-        return {} if self.allow_vsi else {"CPL_VSIL_CURL_ALLOWED_FILENAME": "/vsicurl/none"}
+        if self.allow_vsi:  # a server that does not answer must not hold a job for ever
+            return {"GDAL_HTTP_CONNECTTIMEOUT": "20", "GDAL_HTTP_TIMEOUT": "120"}
+        return {"CPL_VSIL_CURL_ALLOWED_FILENAME": "/vsicurl/none"}
 
 
 def find_source(source: str | Path, access: Access) -> Path | str:
@@ -80,16 +82,16 @@ def find_source(source: str | Path, access: Access) -> Path | str:
             f"source must be a local file, got the address {text!r}; download it and pass the file's path, or allow it with "
             "allow_vsi=True (--allow-vsi)"
         )
-    if _ADDRESS.match(text):
-        raise ImageReadError(
-            f"source must be a local file, got the address {text!r}; download it and pass the file's path, or write it as /vsicurl/... "
-            "and allow that with allow_vsi=True (--allow-vsi)"
-        )
     named = _SUBDATASET.match(text)
     if named and named.group(1).upper() in (driver.upper() for driver in access.allow_drivers):
         if not access.allow_vsi and ("/vsi" in text or "://" in text):
             raise ImageReadError(f"source {text!r} leads beyond local files; allow that with allow_vsi=True (--allow-vsi)")
         return text
+    if _ADDRESS.match(text):
+        raise ImageReadError(
+            f"source must be a local file, got the address {text!r}; download it and pass the file's path, or write it as /vsicurl/... "
+            "and allow that with allow_vsi=True (--allow-vsi)"
+        )
     path = Path(source)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()

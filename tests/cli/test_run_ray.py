@@ -48,6 +48,7 @@ def test_two_workers_write_the_bytes_of_one_process(tmp_path: Path) -> None:
         assert done.returncode == 3, done.stderr
         assert done.stdout == f"{tmp_path / output}\t72 of 72 windows of 4 scenes answered, 72 of them now\n"
         assert done.stderr.count("quarantined") == done.stderr.count("broken.png") == 1, done.stderr
+        assert all(line.startswith("rsvlm: ") for line in done.stderr.splitlines()), done.stderr  # Ray says nothing of its own
         written.append(contents(tmp_path / output))
     assert len(written[0]) == 7
     assert len(set(written[0]["a/records.jsonl"].split(b"\n"))) == 25  # 24 windows, all different, and an end
