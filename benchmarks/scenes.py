@@ -83,8 +83,7 @@ def measure(way: str, path: Path, checkpoint: Path | None) -> dict[str, Any]:
 
 
 def _plan(path: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Any]:
-    import rasterio  # noqa: F401
-
+    import rsvlm_infer.imagery.geo  # noqa: F401  what a process that has read one scene has loaded
     from rsvlm_infer.cli.inspect import planning_config
     from rsvlm_infer.ops.registry import resolve
     from rsvlm_infer.tasks.scene import SceneSettings, prepare_scene
