@@ -45,7 +45,8 @@ def unit(generator: np.random.Generator, rows: int, width: int) -> F32:
 def clustered(generator: np.random.Generator, rows: int, width: int, centres: F32) -> F32:
     """Directions [rows, width] around random centres, as embeddings of like scenes lie."""
     vectors = centres[generator.integers(0, len(centres), rows)] + unit(generator, rows, width) * np.float32(SPREAD)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
 
 
 def make_archive(folder: Path, rows: F32) -> Archive:
