@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -195,7 +196,7 @@ def search_archive(
     found.require_embedder(embedder_digest(_checkpoint(checkpoint)))
     with terminal.working("loading the checkpoint"):
         model = RSVLM.from_pretrained(checkpoint, backend, precision)
-    query = _query(model, text, near, None if level is None else level.value, query_weight)
+    query = _query(model, text, near, None if level is None else level.value, query_weight, found.manifest.encoding)
     check_query(found, query)
     with terminal.working("searching"):
         result = find(found, query, top, filters, way.value)
@@ -218,9 +219,15 @@ def search_archive(
 
 
 def _query(
-    model: RSVLM, text: str | None, near: str | None, level: SearchLevel | None, query_weight: float | None
+    model: RSVLM,
+    text: str | None,
+    near: str | None,
+    level: SearchLevel | None,
+    query_weight: float | None,
+    encoding: Mapping[str, Any],
 ) -> ArchiveQuery:
-    """The embeddings of what is looked for. An image stands for itself: its scene, its whole as a region, or its objects."""
+    """The embeddings of what is looked for. An image stands for itself, read and planned as the archive's scenes were: its scene, its
+    whole as a region, or its objects."""
     alignment = require_alignment(model.config)
     embedded = None if text is None else model.embed_text(text)
     if near is None:
@@ -229,7 +236,12 @@ def _query(
     chosen = level or "scene"
     if chosen == "all":
         raise InputError("--level all scores texts, got --near too; choose --level scene, region or object")
-    levels = model.embed_levels(near)
+    bands = encoding["bands"]
+    levels = model.embed_levels(
+        near,
+        bands=None if bands is None else tuple(bands),
+        **{name: encoding[name] for name in ("tiling", "max_tiles", "max_visual_tokens")},
+    )
     visual = {
         "scene": levels.scene[None],
         "region": levels.region[:1],

@@ -215,6 +215,7 @@ class Archive:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
+        self.graphs: dict[str, Any] = {}  # level -> what graph.py opened for it
         self.segments = [Segment(folder / SEGMENTS / each.name, each, manifest.embed_size) for each in manifest.segments]
 
     @classmethod

@@ -32,9 +32,10 @@ from .search import (
 Way = Literal["auto", "exact", "graph"]
 WAYS: tuple[Way, ...] = ("auto", "exact", "graph")
 
-# An exact search reads every row: 15 ms for 100,000 rows of 256 on one thread of an AMD EPYC, so 0.3 s and 2 GB here. Below, the
-# graph saves less than a person notices, misses finds, and takes longer to build (3 ms a row) than thousands of searches.
-GRAPH_FROM_ROWS = 2_000_000
+# An exact search reads every row: 6 ms of one thread of an AMD EPYC for 100,000 rows of 256, so 0.3 s here, and 5 GB, which the memory of
+# a small machine no longer keeps at hand. Below, the graph saves less than a person notices, may miss finds, and its building costs as
+# much as thousands of searches.
+GRAPH_FROM_ROWS = 5_000_000
 GRAPHS = "graphs"
 CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 32, 128, 256  # edges of a node, candidates while building and while searching
 PROPOSED = 8  # rows asked of the graph for each find wanted: its order by float16 is not quite the true one
@@ -59,6 +60,7 @@ def build_graph(archive: Archive, level: SearchLevel) -> Path:
         expansion_add=EXPANSION_ADD,
         expansion_search=EXPANSION_SEARCH,
     )
+    archive.graphs.pop(level, None)
     first = 0
     for segment in archive.segments:
         rows = segment.embeddings(level)
@@ -128,7 +130,9 @@ def _through_graph(archive: Archive, query: ArchiveQuery, top: int) -> SearchRes
     covered = _covered(archive, query.level)
     assert covered is not None
     wanted = _direction(query)
-    graph = _usearch().Index.restore(str(_graph_file(archive, query.level)), view=True)
+    if query.level not in archive.graphs:  # opening reads every node
+        archive.graphs[query.level] = _usearch().Index.restore(str(_graph_file(archive, query.level)), view=True)
+    graph = archive.graphs[query.level]
     proposed = np.sort(np.asarray(graph.search(wanted, top * PROPOSED).keys, dtype=np.int64))
     parts = []
     first = 0

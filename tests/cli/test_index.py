@@ -97,6 +97,20 @@ def test_an_image_finds_its_like(
     assert len(found) == 3
 
 
+def test_an_image_is_planned_as_the_archive_was(
+    files: dict[str, str], tmp_path: Path, backend: TellingBackend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "dris")
+    large = tmp_path / "large.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)).save(large)
+    assert run(capsys, "index", str(large), "-o", folder, "--tiling", "dris", "--max-tiles", "6")[0] == 0
+    tiles = len(backend.encoded[-1].boxes)
+    assert tiles > 1
+    assert run(capsys, "search", folder, "--near", str(large), "--level", "region")[0] == 0
+    assert len(backend.encoded) == 2
+    assert len(backend.encoded[-1].boxes) == tiles
+
+
 def test_filters_and_files(archive: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     word = last_byte_word(0)
