@@ -133,7 +133,7 @@ def reduce_squares(
     """Means of the valid values in squares of one band.
 
     Args:
-        values: [h, w], any real dtype. valid: bool [h, w], None where all is valid.
+        values: [h, w], any real dtype. valid: bool [h, w], None where all is valid. factor: a power of two.
         fill: the one value that all invalid integers hold, when that is so; it spares a pass over the pixels.
 
     Returns:
@@ -164,21 +164,34 @@ def _reduce(
     if counts is not None and valid is not None and fill is None:
         values = np.where(valid, values, values.dtype.type(0))
     full = factor * factor
-    mean: NDArray[Any]
     total = _sums(values, factor)
-    pixels = np.outer(_lengths(values.shape[0], factor), _lengths(values.shape[1], factor))  # `full` but at the rim
-    count = pixels if counts is None else counts.count
-    if counts is not None and fill:
-        total = total - (pixels - count) * fill
     if total.dtype.kind == "f":
-        return _in_dtype(total / np.maximum(count, 1), values.dtype)
+        count = _pixels(values.shape, factor) if counts is None else np.maximum(counts.count, 1)
+        return _in_dtype(total / count, values.dtype)
+    if counts is not None and fill:
+        total = total - (_pixels(values.shape, factor) - counts.count) * fill
     if total.dtype == np.uint16 and int(total.max(initial=0)) + full // 2 > _LARGEST:
         total = total.astype(np.uint32)
-    mean = (total + total.dtype.type(full // 2)) // total.dtype.type(full)
-    cut = count != full
-    if cut.any():  # few: the rims of nodata and of the scene
+    mean: NDArray[Any] = (total + total.dtype.type(full // 2)) >> total.dtype.type(full.bit_length() - 1)
+    if counts is not None or values.shape[0] % factor or values.shape[1] % factor:
+        count = _pixels(values.shape, factor) if counts is None else counts.count
+        cut = count != full  # few: the rims of nodata and of the scene
         mean[cut] = np.floor(total[cut] / np.maximum(count[cut], 1) + 0.5)
     return mean.astype(values.dtype, copy=False)
+
+
+def _pixels(shape: tuple[int, ...], factor: int) -> NDArray[np.int64]:
+    """Pixels of each cell [h', w'] of an array [h, w]."""
+    height, width = (np.diff(np.append(np.arange(0, side, factor), side)) for side in shape)
+    return np.outer(height, width)
+
+
+def _same(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> bool:
+    """Whether two contiguous masks of one shape are equal, eight flags at a time."""
+    flat, twin = one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8)
+    words = flat.size // 8 * 8
+    same = np.array_equal(flat[:words].view(np.uint64), twin[:words].view(np.uint64))
+    return same and np.array_equal(flat[words:], twin[words:])
 
 
 def overview_of(coarse: Coarse, height: int, width: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
@@ -206,7 +219,7 @@ def _place(
     for band, plane in enumerate(read):
         fill = None if fills is None else fills[band]
         valid = plane != fill if fill is not None else None if usable is None else usable[min(band, len(usable) - 1)]
-        if valid is not None and (last is None or not np.array_equal(valid, last)):
+        if valid is not None and (last is None or not _same(valid, last)):
             counts = None if valid.all() else _Counts.of(valid, factor)
         last = valid
         coarse.values[rows, cols, band] = _reduce(plane, valid, counts, factor, fill)
@@ -256,11 +269,6 @@ def _column_sums(plane: NDArray[Any], factor: int, kind: np.dtype[Any]) -> NDArr
     if full < sums.shape[1]:
         sums[:, full] = plane[:, full * factor :].sum(axis=1, dtype=kind)
     return sums
-
-
-def _lengths(side: int, factor: int) -> NDArray[np.int64]:
-    """Pixels of each cell along a side."""
-    return np.diff(np.append(np.arange(0, side, factor), side))
 
 
 def _in_dtype(mean: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 PERCENTILES = (2.0, 98.0)
-_CHUNK_PX = 1 << 20  # values are mapped in float64; this bounds the scratch memory to 8 MiB
+_CHUNK_PX = 1 << 20  # values are mapped in float64 or by indices of 8 bytes; this bounds the scratch memory to 8 MiB
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,14 @@ class Stretch:
         integer = values.dtype.kind in "iu" and values.dtype.itemsize <= 2
         rows = max(1, _CHUNK_PX // max(1, values.shape[1]))
         for band, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
+            table = None
             if integer:  # a table over all bit patterns: exact and several times faster than float arithmetic
                 bits = np.dtype(f"u{values.dtype.itemsize}")
                 every = np.arange(1 << (8 * values.dtype.itemsize), dtype=bits)
-                grey[..., band] = _map_linear(every.view(values.dtype), low, high)[values[..., band].view(bits)]
-            else:
-                for start in range(0, values.shape[0], rows):
-                    grey[start : start + rows, :, band] = _map_linear(values[start : start + rows, :, band], low, high)
+                table = _map_linear(every.view(values.dtype), low, high)
+            for start in range(0, values.shape[0], rows):  # an index takes 8 bytes a pixel
+                part = values[start : start + rows, :, band]
+                grey[start : start + rows, :, band] = _map_linear(part, low, high) if table is None else table[part.view(bits)]
             if not valid[..., band].all():
                 grey[..., band][~valid[..., band]] = 0
         return grey

@@ -243,7 +243,7 @@ class _Asking:
         plan = prepared.plan
         return WindowRecord(
             place=place,
-            cited=tuple(_cited(place.window, tile) for tile in plan.tiles[1:] or plan.tiles),
+            cited=tuple(_cited(place.window, tile) for tile in plan.tiles[1:]),  # none: it looked at its window as a whole
             gsd_effective_m=prepared.gsd_effective_m,
             valid_share=prepared.valid_share if pixels is None else pixels.valid_share,
             num_visual_tokens=prepared.num_tokens,

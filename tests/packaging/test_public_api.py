@@ -22,6 +22,7 @@ METHODS = {
         "embed_text",
         "from_pretrained",
         "plan",
+        "scene",
     },
 }
 

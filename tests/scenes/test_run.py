@@ -62,7 +62,7 @@ def test_a_grid_names_each_window_and_leaves_out_nodata(model: RSVLM, path: Path
         assert record.num_visual_tokens == 4
         assert record.num_new_tokens == len(f" {record.text}\n") + 1
         assert record.finish_reason == "stop_id"
-        assert record.cited == (record.place.window,)
+        assert record.cited == ()  # its window, as a whole
         assert record.gsd_effective_m == pytest.approx(2.0 * SIDE / 28)
         assert min(record.timings.read_ms, record.timings.encode_ms, record.timings.prefill_ms, record.timings.decode_ms) > 0
 
@@ -278,7 +278,7 @@ def test_what_the_checkpoint_cannot_do_is_said_before_the_scene_is_opened(tmp_pa
 
 
 def test_a_damaged_window_is_an_error_of_that_window(model: RSVLM, tmp_path: Path) -> None:
-    values = np.random.default_rng(0).integers(1, 255, (3, 128, 512), dtype=np.uint8)
+    values = np.kron(np.random.default_rng(0).integers(1, 255, (3, 16, 64)), np.ones((1, 8, 8))).astype(np.uint8)  # compresses
     tiles = {"tiled": True, "blockxsize": 128, "blockysize": 128, "compress": "deflate"}
     path = write_scene(tmp_path / "a.tif", values, **tiles)
     with open_scene_run(model, path, RunSettings(window_px=128)) as run:
@@ -292,7 +292,7 @@ def test_a_damaged_window_is_an_error_of_that_window(model: RSVLM, tmp_path: Pat
 def damage(path: Path) -> None:
     """The last tile's bytes become no deflate stream."""
     content = bytearray(path.read_bytes())
-    content[-40_000:] = b"\xff" * 40_000
+    content[-400:] = b"\xff" * 400
     path.write_bytes(content)
 
 
