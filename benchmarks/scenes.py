@@ -26,6 +26,8 @@ NODATA = 0
 NODATA_SHARE = 0.2
 BLOCK = 512  # of the tiled file
 STRIP_ROWS = 16
+FIELD = 256  # pixels of one colour
+CALM_SHARE = 0.75  # of the ground shows little contrast
 LAYOUTS = {
     "tiled": {"tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK},
     "striped": {"tiled": False, "blockysize": STRIP_ROWS},
@@ -43,7 +45,10 @@ def generate(path: Path, side: int, layout: str, overviews: bool, seed: int = 0)
 
     rng = np.random.default_rng(seed)
     texture = rng.integers(0, 600, (BANDS, BLOCK, side), dtype=np.uint16)
-    fields = rng.integers(300, 3000, (BANDS, -(-side // 256), -(-side // 256)), dtype=np.uint16)
+    cells = -(-side // FIELD)
+    fields = rng.integers(300, 3000, (BANDS, cells, cells)).astype(np.float64)
+    calm = np.repeat(np.repeat(rng.random((-(-cells // 8),) * 2) < CALM_SHARE, 8, axis=0), 8, axis=1)[:cells, :cells]
+    ground = np.where(calm, 1200 + 0.1 * (fields - 1650), fields).astype(np.uint16)  # something for the planner to choose from
     profile = {"driver": "GTiff", "count": BANDS, "dtype": "uint16", "nodata": NODATA, "compress": "none", "BIGTIFF": "YES"}
     place = {"crs": "EPSG:32632", "transform": Affine(0.5, 0, 500_000, 0, -0.5, 5_300_000)}
     partial = path.with_suffix(".part.tif")
@@ -51,7 +56,7 @@ def generate(path: Path, side: int, layout: str, overviews: bool, seed: int = 0)
         columns = np.arange(side)
         for top in range(0, side, BLOCK):
             rows = min(BLOCK, side - top)
-            part = texture[:, :rows] + fields[:, (top + np.arange(rows))[:, None] // 256, columns[None] // 256]
+            part = texture[:, :rows] + ground[:, (top + np.arange(rows))[:, None] // FIELD, columns[None] // FIELD]
             edge = 2 * NODATA_SHARE * (top + np.arange(rows)) / side * side  # a triangle: a share of NODATA_SHARE in all
             part[:, columns[None] < edge[:, None]] = NODATA
             dataset.write(part, window=Window(0, top, side, rows))

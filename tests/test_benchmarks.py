@@ -14,6 +14,7 @@ from benchmarks.modules import spaced
 from benchmarks.mosaics import make_mosaics, roc_area
 from benchmarks.published import MEASURES
 from benchmarks.rows import append_rows
+from benchmarks.scenes import LAYOUTS, generate
 from rsvlm_infer.evaluation.datasets import RSICD_THEMES
 from rsvlm_infer.evaluation.sets import TASKS
 
@@ -71,3 +72,19 @@ def test_help_explains_itself(module: str, capsys: pytest.CaptureFixture[str], m
         importlib.import_module(f"benchmarks.{module}").main()
     assert stop.value.code == 0
     assert "--data" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_generated_scenes_are_a_fifth_nodata_and_the_same_in_both_layouts(tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    values = {}
+    for layout in LAYOUTS:
+        path = tmp_path / f"{layout}.tif"
+        generate(path, 1100, layout, overviews=layout == "tiled")
+        with rasterio.open(path) as dataset:
+            values[layout] = dataset.read()
+            assert dataset.profile["tiled"] == (layout == "tiled")
+            assert bool(dataset.overviews(1)) == (layout == "tiled")
+            assert (dataset.count, dataset.dtypes[0], dataset.nodata) == (4, "uint16", 0)
+    assert (values["tiled"] == values["striped"]).all()
+    assert (values["tiled"][0] == 0).mean() == pytest.approx(0.2, abs=0.005)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -170,6 +169,7 @@ def scene(
         model = RSVLM.from_pretrained(checkpoint, backend, precision)
     with terminal.working("reading the scene"):
         run = open_scene_run(model, source, settings)
+        picture = Overview(*run.overview()) if {"quicklook", "html"} & set(formats) else None
     with closing(SceneAnswers(run, batch_size)) as answers:
         _note_header(answers.header)
         if output_format is opt.Format.json:
@@ -182,7 +182,7 @@ def scene(
                 terminal.note(f"warning: {source}: {warning}")
         header = answers.header
     if output is not None:
-        _write(output, header, records, formats, settings)
+        _write(output, header, records, formats, picture)
     return EXIT_OK
 
 
@@ -253,20 +253,19 @@ def _show(record: WindowRecord, gridded: bool, output_format: opt.Format) -> Non
 
 
 def _write(
-    folder: Path, header: SceneHeader, records: list[WindowRecord], formats: tuple[str, ...], settings: RunSettings
+    folder: Path, header: SceneHeader, records: list[WindowRecord], formats: tuple[str, ...], picture: Overview | None
 ) -> None:
     """The files, said one by one."""
 
-    def overview(_: SceneHeader) -> Overview:
-        with settings.open(header.source) as opened:
-            return Overview(*opened.overview())
+    def read_overview(_: SceneHeader) -> Overview:
+        assert picture is not None  # it was read for every format that shows it
+        return picture
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {folder} cannot be made ({error.strerror}); choose another place") from None
-    writing: Any = functools.partial(write_outputs, header, records, folder, formats, read_overview=overview)
     with terminal.working("writing"):
-        files = writing()
+        files = write_outputs(header, records, folder, formats, read_overview=read_overview)
     for file in files:
         terminal.note(f"wrote {file}")

@@ -111,19 +111,23 @@ def make_coarse(
     """
     shape = (num_bands, -(-height // factor), -(-width // factor))
     coarse = Coarse(factor, np.empty(shape, dtype=dtype).transpose(1, 2, 0), np.ones(shape, dtype=np.bool_).transpose(1, 2, 0))
-    buffers: list[NDArray[Any]] = []  # two of them take turns: fresh memory would cost half as much time as the reading
+    # two of each take turns: fresh memory would cost half as much time as the reading
+    buffers: list[NDArray[Any]] = []
+    masks: list[NDArray[np.bool_]] = []
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rsvlm-coarse") as thread:
         ahead: tuple[Chunk, NDArray[Any], Future[NDArray[np.bool_] | None]] | None = None
         for index, step in enumerate(steps):
-            if index < 2:
-                buffers.append(np.empty(num_bands * step.height * step.width, dtype=dtype))
+            if index == 0:  # no later step is larger
+                pixels = step.height * step.width
+                buffers = [np.empty(num_bands * pixels, dtype=dtype) for _ in range(2)]
+                masks = [np.empty(pixels, dtype=np.bool_) for _ in range(2)]
             cells = buffers[index % 2][: num_bands * step.height * step.width].reshape(num_bands, step.height, step.width)
             following = (step, cells, thread.submit(read, step, cells))
             if ahead is not None:
-                _place(coarse, ahead[0], ahead[1], ahead[2].result(), fills)
+                _place(coarse, ahead[0], ahead[1], ahead[2].result(), fills, masks)
             ahead = following
         if ahead is not None:
-            _place(coarse, ahead[0], ahead[1], ahead[2].result(), fills)
+            _place(coarse, ahead[0], ahead[1], ahead[2].result(), fills, masks)
     return coarse
 
 
@@ -208,7 +212,12 @@ def overview_of(coarse: Coarse, height: int, width: int) -> tuple[NDArray[Any], 
 
 
 def _place(
-    coarse: Coarse, step: Chunk, read: NDArray[Any], usable: NDArray[np.bool_] | None, fills: Sequence[int] | None
+    coarse: Coarse,
+    step: Chunk,
+    read: NDArray[Any],
+    usable: NDArray[np.bool_] | None,
+    fills: Sequence[int] | None,
+    masks: Sequence[NDArray[np.bool_]],
 ) -> None:
     """Reduces one step into its cells. Bands mostly miss the same pixels, which are then counted once."""
     factor = coarse.factor
@@ -218,7 +227,10 @@ def _place(
     counts: _Counts | None = None
     for band, plane in enumerate(read):
         fill = None if fills is None else fills[band]
-        valid = plane != fill if fill is not None else None if usable is None else usable[min(band, len(usable) - 1)]
+        valid = None if usable is None else usable[min(band, len(usable) - 1)]
+        if fill is not None:
+            own = masks[band % 2][: plane.size].reshape(plane.shape)
+            valid = np.not_equal(plane, fill, out=own)
         if valid is not None and (last is None or not _same(valid, last)):
             counts = None if valid.all() else _Counts.of(valid, factor)
         last = valid

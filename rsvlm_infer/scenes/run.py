@@ -113,6 +113,10 @@ class OpenedSceneRun:
         answers = iter(self._asking.about(seen))
         return [records[position] if position in records else next(answers) for position in range(len(windows))]
 
+    def overview(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """The scene in small, for pictures: rgb uint8 [h, w, 3], mask bool [h, w]. It costs no reading beyond that of the stretch."""
+        return self._scene.overview()
+
     def close(self) -> None:
         """Frees what is held open."""
         if self._reader is not None:

@@ -193,6 +193,20 @@ def test_a_raster_is_read_once_for_overview_stretch_plan_and_tiles(
         assert mask.mean() == pytest.approx(valid.mean(), abs=0.02)
 
 
+@pytest.mark.parametrize("chunk_bytes", [2_000, 1 << 25])
+def test_each_band_misses_its_own_pixels(chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsvlm_infer.imagery.geo.COARSE_FROM_PX", 0)
+    monkeypatch.setattr("rsvlm_infer.imagery.coarse.CHUNK_BYTES", chunk_bytes)
+    values = RNG.integers(1, 3000, (3, 70, 90), dtype=np.uint16)
+    values[0, :20, :20] = values[1, 30:60, 10:40] = values[2, 50:, 70:] = 0
+    with open_scene(write(tmp_path / "a.tif", values, nodata=0, **LAYOUTS["tiled"])) as scene:
+        copy = scene._read_coarse()
+    for band in range(3):
+        expected, found = by_loop(values[band], values[band] > 0, copy.factor)
+        assert (copy.valid[..., band] == found).all()
+        assert (copy.values[..., band] == np.floor(expected + 0.5)).all()
+
+
 def test_float_rasters_with_gaps_and_mask_bands_go_the_same_way(tmp_path: Path, small_is_large: None) -> None:
     rasterio = pytest.importorskip("rasterio")
     values = RNG.normal(size=(1, 90, 110)).astype(np.float32)
