@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace) -> list[report.Row]:
     config = read_config(options.checkpoint)
     prepare.prepare_handout(options.checkpoint, options.image, options.folder)
     program = prepare.build_limits(options.folder)
-    entries = [*our_entries(options.packages), *contestants.PEERS]
+    entries = [*our_entries(options.packages), *(peer for peer in contestants.PEERS if options.compiled or not peer.asked_for)]
     entries = [entry for entry in entries if options.only is None or any(word in entry.name for word in options.only)]
     refused = {entry.name: reason for entry in entries if (reason := prepare.why_not(entry, options.folder)) is not None}
     for name, reason in refused.items():
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="no new round that would end later; loading comes before")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="entries whose name holds one of these words")
+    parser.add_argument("--compiled", action="store_true", help="also transformers under torch.compile: minutes more")
     parser.add_argument("--prepare", action="store_true", help="only convert what is missing, and say what cannot take part")
     parser.add_argument("--csv", type=Path, default=RESULTS / "peers.csv", help="appended to; default %(default)s")
     parser.add_argument("--page", type=Path, help="markdown file whose marked part is replaced, for example docs/peers.md")

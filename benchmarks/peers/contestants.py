@@ -28,6 +28,7 @@ class Entry:
     arithmetic: str
     convert: tuple[str, ...] | None = None
     weights: str = ""  # how they were rounded
+    asked_for: bool = False  # takes part only with --compiled: its warming round takes minutes
 
     @property
     def name(self) -> str:
@@ -59,7 +60,15 @@ PEERS: tuple[Entry, ...] = (
     Entry("transformers", "fp32", "transformers", "transformers", Path("hf"), 32, "fp32"),
     Entry("transformers", "bf16", "transformers", "transformers", Path("hf"), 16, "bf16", weights="rounded to bfloat16"),
     Entry(
-        "transformers compiled", "bf16", "transformers", "transformers", Path("hf"), 16, "bf16", weights="rounded to bfloat16"
+        "transformers compiled",
+        "bf16",
+        "transformers",
+        "transformers",
+        Path("hf"),
+        16,
+        "bf16",
+        weights="rounded to bfloat16; torch.compile(dynamic=True)",
+        asked_for=True,
     ),
     Entry("onnxruntime-genai", "fp32", "onnxruntime", "onnxruntime_genai", _models("genai-fp32"), 32, "fp32", _builder("fp32")),
     Entry(
@@ -175,7 +184,7 @@ PEERS: tuple[Entry, ...] = (
 
 
 def our_entry(package: Path, backend: str, precision: str) -> Entry:
-    """One of our packages. native: int4 and int8 products round activations to int8, the vision encoder's stay bf16."""
+    """One of our packages. native: int4 and int8 products round activations to int8; its worker says what the encoder does."""
     bits = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}[precision]
     arithmetic = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}[precision]
     if backend == "onnx" and precision == "bf16":

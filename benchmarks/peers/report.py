@@ -100,6 +100,8 @@ def make_rows(
             facts = found.facts[work]
             operation = work_operations.get(work.replace(PADDED, "mixed tiles"), 0.0)
             kind, amount = entry.arithmetic, operation
+            if "cosine" in facts:
+                kind = first.get("tile_arithmetic") or kind
             if work == "decode":
                 kind, amount = "read", float(first.get("weight_bytes", 0))
             rows.append(

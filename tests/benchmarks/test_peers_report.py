@@ -74,6 +74,18 @@ def test_rows_hold_ratios_shares_and_reasons() -> None:
     assert len({tuple(row) for row in rows.values()}) == 1  # one header fits all
 
 
+def test_an_encoder_finer_than_its_decoder_has_its_own_limit() -> None:
+    found = Measured()
+    for warming in (True, False):
+        found.record("tile x1", {"seconds": {"tile x1": 0.1}, "cosine": 0.9999}, warming=warming)
+    shares = {}
+    for kind in ("bf16", None):
+        ready = {OURS.name: {"load_s": 0.2, "tile_arithmetic": kind}}
+        (row,) = report.make_rows([OURS], {OURS.name: found}, ready, {}, LIMITS, {"tile x1": 10e9}, {}, ABOUT)
+        shares[kind] = (row["share_of_limit"], row["agreement"])
+    assert shares == {"bf16": (0.5, "cosine 0.99990"), None: (0.25, "cosine 0.99990")}
+
+
 def test_guesses_are_counted_over_the_rounds_that_count() -> None:
     found = Measured()
     answer = {"seconds": {"captions decode": 0.004, "captions decode, drafts": 0.003}, "drafted": 10, "accepted": 4}

@@ -117,6 +117,12 @@ class Model:
         found = self.states(patches.reshape(-1, patches.shape[2]), [self.tiles.uniform_grid] * len(patches))
         return found.reshape(*patches.shape[:2], -1)
 
+    def tile_arithmetic(self) -> str | None:
+        """In which the encoder's products are computed, when the package tells: it may keep them finer than the decoder's."""
+        if not isinstance(self.backend, NativeBackend):
+            return None
+        return str(self.backend.package.weights["vision_encoder.blocks.0.mlp.fc1"][0])
+
     def weight_bytes(self) -> float:
         """Of weights that one decode step reads; 0 = unknown."""
         if not isinstance(self.backend, NativeBackend):
@@ -135,7 +141,11 @@ def load(job: Job) -> Contestant:
         works |= {"caption, drafts": lambda _: model.describe(", drafts"), "captions decode": model.captions}
     works |= text_works(job.inputs, model.prefill, model.decode) | tile_works(tiles, model.encode)
     mixed = timed("mixed tiles", lambda _: model.states(tiles.mixed, tiles.grids), lambda _: tiles.expected_mixed)
-    return Contestant(works | {"mixed tiles": mixed}, model.weight_bytes(), extra={"load_s": model.load_s})
+    return Contestant(
+        works | {"mixed tiles": mixed},
+        model.weight_bytes(),
+        extra={"load_s": model.load_s, "tile_arithmetic": model.tile_arithmetic()},
+    )
 
 
 if __name__ == "__main__":
