@@ -21,7 +21,6 @@ from benchmarks.rows import RESULTS, append_rows
 from rsvlm_infer.errors import InputError, RsvlmError
 from rsvlm_infer.hardware import probe
 from rsvlm_infer.models.load import read_config
-from rsvlm_infer.models.native_package import is_native_package, read_manifest
 from rsvlm_infer.models.package import Package, is_package
 from rsvlm_infer.pipeline import default_checkpoint
 
@@ -34,14 +33,12 @@ def our_entries(packages: list[Path]) -> list[contestants.Entry]:
     """
     entries = []
     for package in packages:
-        if is_native_package(package):
-            entries.append(contestants.our_entry(package.resolve(), "native", read_manifest(package)["precision"]))
-        elif is_package(package):
-            entries.append(contestants.our_entry(package.resolve(), "onnx", Package.open(package).precision))
-        else:
+        if not is_package(package):
             raise InputError(
                 f"--packages must name exported packages, got {package}; write one with `rsvlm export CHECKPOINT -o PKG`"
             )
+        opened = Package.open(package.resolve())
+        entries.append(contestants.our_entry(opened.path, opened.kind, opened.precision))
     return entries
 
 

@@ -108,9 +108,7 @@ class Model:
         """[S, P] -> the last tap [S, D]."""
         self.forget()
         scene = self.packed(patches, grids)
-        if isinstance(self.backend, NativeBackend):
-            return self.backend._encode_levels(scene).taps[2]
-        assert isinstance(self.backend, OnnxBackend)
+        assert isinstance(self.backend, (NativeBackend, OnnxBackend))
         return self.backend.encode_tiles([scene])[0][tap_names()[2]]
 
     def encode(self, patches: F32, _: F32) -> F32:
