@@ -291,7 +291,8 @@ def _measure(found: RoundedLanguage, model: LanguageModel, texts: Sequence[Calib
     matrix gets its finer codes.
     """
     own = {name: _parameter(found.twin, name) for name in found.finer}
-    held = [_batch(part) for part in _together([text for text in texts if text.held_out])]
+    answers = [text for text in texts if text.held_out and text.answer < len(text.embeddings)]
+    held = [_batch(part) for part in _together(answers)]
     count, total = max(sum(int(batch.asked.sum()) for batch in held), 1), 0.0
     for value in own.values():
         value.requires_grad_(True)
