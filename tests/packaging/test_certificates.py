@@ -56,6 +56,6 @@ def test_the_page_quotes_it(file: Path) -> None:
     values = _read(file)
     (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| [{file.stem}](certificates/{file.name}) |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    metrics = [f"{metric['package']:.3f} ({-metric['loss_points']:+.2f})" for metric in values["metrics"].values()]
+    metrics = [f"{metric['package']:.3f} ({0.0 - metric['loss_points']:+.2f})" for metric in values["metrics"].values()]
     same = f"{values['greedy']['same']} of {values['greedy']['images']}"
     assert cells[1:] == ["passed" if values["passed"] else "failed", same, *metrics]
