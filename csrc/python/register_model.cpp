@@ -44,8 +44,9 @@ LinearKind linear_kind(const std::string& kind) {
 }
 
 // name -> (kind, rows, columns, bytes) for a laid-out weight, ("", count, 0, bytes) for a float32 vector and ("raw", count, 0,
-// bytes) for values of two bytes; the bytes stay the caller's.
-WeightTable weight_table(const py::dict& weights) {
+// bytes) for values of two bytes; the bytes stay the caller's. Int8 and int4 weights whose name begins with one of `int8_inputs`
+// round their inputs to int8.
+WeightTable weight_table(const py::dict& weights, const std::vector<std::string>& int8_inputs) {
     WeightTable table;
     for (const auto& item : weights) {
         const auto name = item.first.cast<std::string>();
@@ -61,7 +62,10 @@ WeightTable weight_table(const py::dict& weights) {
             expected = rows * 2;
             table.add_raw(name, bytes.ptr, rows);
         } else {
-            const Linear linear{linear_kind(kind), rows, columns, static_cast<const char*>(bytes.ptr), nullptr};
+            Linear linear{linear_kind(kind), rows, columns, static_cast<const char*>(bytes.ptr)};
+            const bool codes = linear.kind == LinearKind::kInt8 || linear.kind == LinearKind::kInt4;
+            linear.int8_inputs = codes && std::any_of(int8_inputs.begin(), int8_inputs.end(),
+                                                      [&](const std::string& part) { return name.rfind(part, 0) == 0; });
             expected = linear_layout_bytes(linear);
             table.add_linear(name, linear);
         }
@@ -75,8 +79,9 @@ WeightTable weight_table(const py::dict& weights) {
 
 class PyDecoder {
   public:
-    PyDecoder(const py::dict& weights, const Settings& settings, const Array<float>& frequencies, const std::string& cache)
-        : weights_(weights), decoder_(shape(settings, frequencies, cache), weight_table(weights)) {}
+    PyDecoder(const py::dict& weights, const Settings& settings, const Array<float>& frequencies, const std::string& cache,
+              const std::vector<std::string>& int8_inputs)
+        : weights_(weights), decoder_(shape(settings, frequencies, cache), weight_table(weights, int8_inputs)) {}
 
     std::unique_ptr<KvCache> cache(std::int64_t rows, std::int64_t capacity) const {
         return std::make_unique<KvCache>(decoder_.shape(), rows, capacity);
@@ -186,8 +191,8 @@ Activation activation(double code) {
 
 class PySceneModel {
   public:
-    PySceneModel(const py::dict& weights, const Settings& settings)
-        : weights_(weights), model_(shape(settings), weight_table(weights)) {}
+    PySceneModel(const py::dict& weights, const Settings& settings, const std::vector<std::string>& int8_inputs)
+        : weights_(weights), model_(shape(settings), weight_table(weights, int8_inputs)) {}
 
     // Three taps [S, hidden], then three class tokens [T or 0, hidden].
     std::vector<py::array_t<float>> encode(const Array<float>& patches, const Array<float>& positions,
@@ -339,8 +344,10 @@ void register_model(py::module_& module) {
              py::arg("length"), py::call_guard<py::gil_scoped_release>(),
              "The first `length` places of a row of another cache.");
     py::class_<PyDecoder>(module, "NativeDecoder", "The language model of a package, over weights that the caller has mapped.")
-        .def(py::init<const py::dict&, const Settings&, const Array<float>&, const std::string&>(), py::kw_only(),
-             py::arg("weights"), py::arg("settings"), py::arg("frequencies"), py::arg("cache"))
+        .def(py::init<const py::dict&, const Settings&, const Array<float>&, const std::string&,
+                      const std::vector<std::string>&>(),
+             py::kw_only(), py::arg("weights"), py::arg("settings"), py::arg("frequencies"), py::arg("cache"),
+             py::arg("int8_inputs"))
         .def("cache", &PyDecoder::cache, py::kw_only(), py::arg("rows"), py::arg("capacity"))
         .def("embed", &PyDecoder::embed, py::kw_only(), py::arg("token_ids"), "ids [n] -> float32 [n, hidden].")
         .def("prefill", &PyDecoder::prefill, py::kw_only(), py::arg("cache"), py::arg("rows"), py::arg("positions"),
@@ -352,7 +359,8 @@ void register_model(py::module_& module) {
         .def("decode_best", &PyDecoder::decode_best, py::kw_only(), py::arg("cache"), py::arg("rows"), py::arg("positions"),
              py::arg("token_ids"), "The same -> the most likely ids [n], ties to the lowest, and their logits [n].");
     py::class_<PySceneModel>(module, "NativeSceneModel", "Everything between patches and the language model.")
-        .def(py::init<const py::dict&, const Settings&>(), py::kw_only(), py::arg("weights"), py::arg("settings"))
+        .def(py::init<const py::dict&, const Settings&, const std::vector<std::string>&>(), py::kw_only(), py::arg("weights"),
+             py::arg("settings"), py::arg("int8_inputs"))
         .def("encode", &PySceneModel::encode, py::kw_only(), py::arg("patches"), py::arg("positions"), py::arg("bounds"),
              "patches [S, 3 p p] and positions [S, Dv] -> three taps [S, Dv], three class tokens [T or 0, Dv].")
         .def("align", &PySceneModel::align, py::kw_only(), py::arg("taps"), py::arg("scene_class_token"), py::arg("bounds"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,22 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the scale that reaches the largest weight
 # what int4 hurts most: of 24 captions of the default model 15 stay those of fp32 with the `down` matrices in int8, 11 without
 _INT8_IN_INT4 = ("embed_tokens", "lm_head", "down")
+# beginnings of the names of matrices that int8 and int4 packages multiply in integers: there inputs are rounded to int8, per row and
+# 32 columns. Of the vision encoder's, int8 matrices are worth having only that way
+INT8_INPUTS = ("language_model.", "vision_encoder.blocks.")
 GROUP = 32  # rows of a block, and columns that share a scale
 Array = npt.NDArray[Any]
 State = dict[str, torch.Tensor]
 
 
-def export_native(checkpoint: str | Path, folder: str | Path, precision: str = "bf16", *, overwrite: bool = False) -> Path:
+def export_native(
+    checkpoint: str | Path,
+    folder: str | Path,
+    precision: str = "bf16",
+    *,
+    overwrite: bool = False,
+    int8_inputs: Sequence[str] = INT8_INPUTS,
+) -> Path:
     """Writes a checkpoint as a native package, at once or not at all.
 
     Args:
@@ -49,7 +60,10 @@ def export_native(checkpoint: str | Path, folder: str | Path, precision: str = "
         folder: must not exist, unless `overwrite`.
         precision: of the language model's matrices: "fp32", "bf16", "int8" or "int4" (one float16 scale per 32 columns). The
             word table and the `down` matrices are int8 in an int4 package. All other matrices are float32 in an fp32 package and
-            bf16 otherwise.
+            bf16 otherwise, but for those of the next argument.
+        int8_inputs: of int8 and int4 packages: matrices whose names begin with one of these are multiplied in integers, their inputs
+            rounded to int8. Matrices outside of the language model are int8 then. The manifest keeps the list, and a part that is
+            taken from it there is multiplied in floats.
 
     Returns:
         The folder.
@@ -74,7 +88,8 @@ def export_native(checkpoint: str | Path, folder: str | Path, precision: str = "
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
-        weights = lay_out(loaded.config, loaded.model.state_dict(), precision)
+        inputs = tuple(int8_inputs) if precision in ("int8", "int4") else ()
+        weights = lay_out(loaded.config, loaded.model.state_dict(), precision, inputs)
         write_weights(new / WEIGHTS, weights)
         (new / "config.json").write_text(json.dumps(loaded.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         for name in COPIED:
@@ -82,7 +97,7 @@ def export_native(checkpoint: str | Path, folder: str | Path, precision: str = "
                 shutil.copyfile(loaded.folder / name, new / name)
         if loaded.knowledge_folder is not None:
             shutil.copytree(loaded.knowledge_folder, new / KNOWLEDGE)
-        manifest = _manifest(loaded, precision, new)
+        manifest = _manifest(loaded, precision, inputs, new)
         (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if target.exists():
             target.rename(Path(scratch) / "old")
@@ -90,7 +105,7 @@ def export_native(checkpoint: str | Path, folder: str | Path, precision: str = "
     return target
 
 
-def _manifest(loaded: LoadedCheckpoint, precision: str, folder: Path) -> dict[str, Any]:
+def _manifest(loaded: LoadedCheckpoint, precision: str, int8_inputs: Sequence[str], folder: Path) -> dict[str, Any]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "format": FORMAT,
@@ -98,6 +113,7 @@ def _manifest(loaded: LoadedCheckpoint, precision: str, folder: Path) -> dict[st
         "kind": KIND,
         "architecture": ARCHITECTURE,
         "precision": precision,
+        "int8_inputs": list(int8_inputs),
         "model": {"embedder": loaded.embedder, "files": loaded.files},
         "made_by": f"rsvlm-infer {__version__}",
         "files": {
@@ -115,14 +131,18 @@ class _Sorted:
     experts: dict[str, torch.Tensor] = field(default_factory=dict)  # row-major, because tokens are sorted by expert
 
 
-def lay_out(config: RsvlmConfig, state: State, precision: str) -> dict[str, tuple[str, int, int, Array]]:
-    """A model's weights by the names and in the layouts of `models.native_package`."""
+def lay_out(
+    config: RsvlmConfig, state: State, precision: str, int8_inputs: Sequence[str] = ()
+) -> dict[str, tuple[str, int, int, Array]]:
+    """A model's weights by the names and in the layouts of `models.native_package`; see `export_native`."""
     parts = _sort(config, {name: value.detach().float() for name, value in state.items()})
     wide = precision == "fp32"
     laid: dict[str, tuple[str, int, int, Array]] = {}
     for name, weight in parts.linears.items():
         language = name.startswith("language_model.")
         kind = "fp32" if wide or name.endswith(".router") else precision if language else "bf16"
+        if kind == "bf16" and name.startswith(tuple(int8_inputs)):
+            kind = "int8"
         if kind == "int4" and name.rpartition(".")[2] in _INT8_IN_INT4:
             kind = "int8"
         if kind in ("int8", "int4") and weight.shape[1] % GROUP:

@@ -84,6 +84,11 @@ class NativePackage:
         return str(self.manifest["precision"])
 
     @property
+    def int8_inputs(self) -> list[str]:
+        """Beginnings of the names of matrices whose int8 or int4 codes meet inputs rounded to int8, per row and 32 columns."""
+        return list(self.manifest.get("int8_inputs", []))
+
+    @property
     def embedder(self) -> str:
         """The digest of the checkpoint that this package embeds text like."""
         return package_embedder(self.manifest)
@@ -129,6 +134,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if values.get("precision") not in PRECISIONS:
         raise problem(folder, f"manifest precision must be one of {list(PRECISIONS)}, got {values.get('precision')!r}", AGAIN)
+    inputs = values.get("int8_inputs", [])
+    if not isinstance(inputs, list) or not all(isinstance(name, str) and name for name in inputs):
+        raise problem(folder, f"manifest int8_inputs must be a list of beginnings of names, got {inputs!r}", AGAIN)
     files = values.get("files")
     needed = {"config.json", "tokenizer.json", WEIGHTS}
     if not isinstance(files, dict) or not needed <= set(files):
