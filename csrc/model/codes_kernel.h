@@ -1,8 +1,8 @@
-// Blocks of 32 rows of an int8 or int4 weight times rows of x that are rounded to int8, for the instruction set of the simd header
-// included before this file; without one, layouts and declarations only.
+// Blocks of 32 rows of an int8 or int4 weight times rows of x that are rounded to int8, for the instruction set of the simd
+// header included before this file; without one, layouts and declarations only.
 //
-// A group of 32 columns is summed in integers, which is exact, then total += sum * (scale of the weight * scale of x) in order of
-// groups: the same for one row and for many, and every instruction set rounds x to the same codes.
+// A group of 32 columns is summed in integers, which is exact, then total += sum * (scale of the weight * scale of x) in order
+// of groups: the same for one row and for many, and every instruction set rounds x to the same codes.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@
 namespace rsvlm {
 
 // A row of x lies in groups of 32 columns. `start` = -offset * sum of the codes, because a weight's codes are read as unsigned,
-// 8 (int4) or 128 (int8) above what they stand for. For int4 the columns of each octet lie as its words have them: even ones first.
+// 8 (int4) or 128 (int8) above what they stand for. For int4 the columns of each octet lie as its words have them: even ones
+// first.
 struct RowGroup {
     std::int8_t codes[kPanelGroup];
     float scale;
@@ -22,18 +23,18 @@ struct RowGroup {
 
 struct FewCodesPart {
     LinearKind kind;
-    const char* layout;    // first block of the part
-    const RowGroup* rows;  // [tokens, groups]
+    const char* layout;                                            // first block of the part
+    const RowGroup* rows;                                          // [tokens, groups]
     std::int64_t tokens, groups, first_row, stop_row, out_stride;  // first_row a multiple of 32
     float* out;                                                    // [tokens, out_stride]
 };
 
-#define RSVLM_DECLARE_CODES(isa)                                                             \
-    namespace isa {                                                                          \
-    void round_row(LinearKind kind, const float* x, std::int64_t groups, RowGroup* to);      \
-    void unpack_codes(const PanelPart& part);                                                \
-    void multiply_codes(const TilePart& part);                                               \
-    void multiply_few_codes(const FewCodesPart& part);                                       \
+#define RSVLM_DECLARE_CODES(isa)                                                        \
+    namespace isa {                                                                     \
+    void round_row(LinearKind kind, const float* x, std::int64_t groups, RowGroup* to); \
+    void unpack_codes(const PanelPart& part);                                           \
+    void multiply_codes(const TilePart& part);                                          \
+    void multiply_few_codes(const FewCodesPart& part);                                  \
     }
 RSVLM_DECLARE_CODES(portable)
 RSVLM_DECLARE_CODES(avx2)
@@ -48,10 +49,10 @@ namespace rsvlm::RSVLM_ISA {
 namespace {
 
 constexpr int kQuads = kPanelGroup / 4;
-constexpr int kStripe = 2 * kLanes;                 // rows of the weight that go together
-constexpr int kGroupVectors = 2 * (kQuads + 1);     // of a stripe in a panel: quads, then scales
+constexpr int kStripe = 2 * kLanes;                               // rows of the weight that go together
+constexpr int kGroupVectors = 2 * (kQuads + 1);                   // of a stripe in a panel: quads, then scales
 constexpr int kCodeRows = kLanes == 4 ? 2 : kLanes == 8 ? 3 : 6;  // rows of x in registers
-constexpr std::int64_t kAhead = 8192;               // bytes: the hardware's prefetcher stops at the end of a page
+constexpr std::int64_t kAhead = 8192;                             // bytes: the hardware's prefetcher stops at the end of a page
 
 inline std::int64_t group_bytes(LinearKind kind) { return kPanelRows * (kind == LinearKind::kInt8 ? 34 : 18); }
 
@@ -79,7 +80,8 @@ inline __attribute__((always_inline)) void read_group(LinearKind kind, const cha
     }
 }
 
-// totals[r][v] += this group's products of row r, which lies at rows + r * stride; `quads(quad, v)` and `scales(v)` give vectors.
+// totals[r][v] += this group's products of row r, which lies at rows + r * stride; `quads(quad, v)` and `scales(v)` give
+// vectors.
 template <int Rows, class Quads, class Scales>
 inline __attribute__((always_inline)) void add_group(const RowGroup* const (&rows)[Rows], const Quads& quads,
                                                      const Scales& scales, Vec (&totals)[Rows][2]) {
@@ -157,8 +159,7 @@ void run_few(const FewCodesPart& part, const char* block, const RowGroup* x, std
             Ints quads[kQuads][2];
             Vec scales[2];
             read_group(Kind, group, lane, quads, scales);
-            add_group<Rows>(
-                rows, [&](int quad, int v) { return quads[quad][v]; }, [&](int v) { return scales[v]; }, totals);
+            add_group<Rows>(rows, [&](int quad, int v) { return quads[quad][v]; }, [&](int v) { return scales[v]; }, totals);
 #pragma GCC unroll 6
             for (int r = 0; r < Rows; ++r) {
                 ++rows[r];
@@ -203,25 +204,14 @@ void run_few_blocks(const FewCodesPart& part) {
 // products become.
 void round_row(LinearKind kind, const float* x, std::int64_t groups, RowGroup* to) {
     for (std::int64_t group = 0; group < groups; ++group, x += kPanelGroup, ++to) {
-        Vec largest = zero(), odd = zero();
-        for (int i = 0; i < kPanelGroup; i += kLanes) {
-            const Vec value = load(x + i);
-            largest = max(abs(value), largest);
-            odd = fma(value, zero(), odd);  // NaN once a value is no number
-        }
-        float lanes[kLanes];
-        store(lanes, largest);
-        float most = lanes[0];
-        for (int i = 1; i < kLanes; ++i) {
-            most = lanes[i] > most ? lanes[i] : most;
-        }
-        const float none = sum_lanes(odd);
-        to->scale = none != none ? none : most / 127.0f;
+        const float most = largest_of_group(x);
+        const bool finite = most < __builtin_inff();
+        to->scale = finite ? most / 127.0f : __builtin_nanf("");
         // a scale below float's normal numbers has no reciprocal: so small a group counts as zero
-        const float factor = none != none || to->scale < 1.2e-38f ? 0.0f : 127.0f / most;
+        const float factor = finite && to->scale > 1.2e-38f ? 127.0f / most : 0.0f;
         Vec sum = zero();
         for (int i = 0; i < kPanelGroup; i += kLanes) {
-            const Vec rounded = factor == 0.0f ? zero() : round(mul(load(x + i), set1(factor)));
+            const Vec rounded = finite ? round(mul(load(x + i), set1(factor))) : zero();
             sum = add(sum, rounded);
             store_codes(to->codes + i, rounded);
         }

@@ -149,8 +149,7 @@ void multiply_few(const Linear& linear, const float* x, std::int64_t tokens, std
         const CodesKernels codes = codes_kernels();
         auto* rows = reinterpret_cast<RowGroup*>(scratch);
         codes.round(linear.kind, x, tokens * padded / kPanelGroup, rows);
-        codes.few(
-            {linear.kind, layout, rows, tokens, padded / kPanelGroup, first_row, stop_row, linear.rows, out});
+        codes.few({linear.kind, layout, rows, tokens, padded / kPanelGroup, first_row, stop_row, linear.rows, out});
     } else if (linear.kind == LinearKind::kFloat32) {
         kernels.floats({x, reinterpret_cast<const float*>(layout), padded, tokens, stop - first, out + first_row, linear.rows,
                         stop_row - first_row});
@@ -204,9 +203,7 @@ void multiply_many(const Linear& linear, const ManyRows& call) {
     const std::int64_t padded = padded_columns(linear.columns), blocks = linear_blocks(linear);
     const std::int64_t pieces = (call.tokens + kRowsAtOnce - 1) / kRowsAtOnce;
     const std::int64_t row_bytes = operand_row_bytes(call.operand, linear.columns);
-    const std::int64_t count = linear.int8_inputs               ? padded / kPanelGroup
-                               : call.operand == Operand::kBf16 ? padded / 2
-                                                                : padded;
+    const std::int64_t count = linear.int8_inputs ? padded / kPanelGroup : call.operand == Operand::kBf16 ? padded / 2 : padded;
     const int threads = num_threads();
     const auto panel_bytes = static_cast<std::size_t>(padded * kWeightRows) * sizeof(float);
     parallel_for(blocks * pieces, threads, [&](std::int64_t part, int) {

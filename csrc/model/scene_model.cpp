@@ -112,7 +112,8 @@ void SceneModel::write_rows(const Linear& linear, std::int64_t count, const Make
     const std::int64_t bytes = operand_row_bytes(operand, linear.columns);
     rows_.resize(static_cast<std::size_t>(count * bytes));
     for_rows(count, [&](std::int64_t n) {
-        auto* row = static_cast<float*>(thread_scratch(static_cast<std::size_t>(padded_columns(linear.columns)) * sizeof(float)));
+        auto* row =
+            static_cast<float*>(thread_scratch(static_cast<std::size_t>(padded_columns(linear.columns)) * sizeof(float)));
         make(n, row);
         write_operand_row(operand, row, linear.columns, rows_.data() + n * bytes);
     });
@@ -146,8 +147,8 @@ void SceneModel::activate(const Linear& linear, std::int64_t count, Activation a
 }
 
 // q [rows, q_stride], and kv [keys, kv_stride] with keys before values -> rows_ for `linear`, the heads side by side.
-void SceneModel::attend(const Linear& linear, std::int64_t rows, std::int64_t heads, const float* q, std::int64_t q_stride, const float* kv,
-                        std::int64_t kv_stride, std::int64_t keys, const std::vector<std::int64_t>& bounds,
+void SceneModel::attend(const Linear& linear, std::int64_t rows, std::int64_t heads, const float* q, std::int64_t q_stride,
+                        const float* kv, std::int64_t kv_stride, std::int64_t keys, const std::vector<std::int64_t>& bounds,
                         const std::vector<std::int64_t>& key_bounds) {
     const std::int64_t width = shape_.vision.hidden, dim = width / heads, bytes = element_bytes(element_);
     attended_.resize(static_cast<std::size_t>(rows * width * bytes));

@@ -79,8 +79,9 @@ void join_chunks(const float* partials, std::int64_t chunks, std::int64_t chunk_
             sums[i] += partial[2 + i] * factor;
         }
     }
+    const float divisor = total == 0.0f ? 1.0f : total;  // a token that its mask lets see nothing gets zeros
     for (std::int64_t i = 0; i < dim; ++i) {
-        narrow(sums[i] / total, &out[i]);
+        narrow(sums[i] / divisor, &out[i]);
     }
 }
 

@@ -44,8 +44,8 @@ LinearKind linear_kind(const std::string& kind) {
 }
 
 // name -> (kind, rows, columns, bytes) for a laid-out weight, ("", count, 0, bytes) for a float32 vector and ("raw", count, 0,
-// bytes) for values of two bytes; the bytes stay the caller's. Int8 and int4 weights whose name begins with one of `int8_inputs`
-// round their inputs to int8.
+// bytes) for values of two bytes; the bytes stay the caller's. Int8 and int4 weights whose name begins with one of
+// `int8_inputs` round their inputs to int8.
 WeightTable weight_table(const py::dict& weights, const std::vector<std::string>& int8_inputs) {
     WeightTable table;
     for (const auto& item : weights) {

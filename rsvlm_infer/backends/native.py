@@ -29,7 +29,7 @@ from .positions import resize_table
 
 F32 = npt.NDArray[np.float32]
 
-CHUNK_PATCHES = 4096  # of one pass of the encoder: its widest activation has then 25 MB at ViT-S width
+CHUNK_PATCHES = 1024  # of one pass of the encoder: its widest activation has then 6 MB at ViT-S width, which caches hold
 KEPT_STATE_BYTES = 64 << 20  # of encoder states, and of keys and values: some twenty small scenes
 SHORTEST_PREFIX = 16  # tokens; copying fewer saves nothing that one could measure
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")

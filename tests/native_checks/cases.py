@@ -274,6 +274,7 @@ def _decode_attention() -> Iterator[Case]:
         q, k, v = (_random(i, 9, n, h, 19).to(dtype) for i, (n, h) in enumerate(((5, 12), (70, 3), (70, 3))))
         mask = torch.rand((9, 5, 70), generator=torch.Generator().manual_seed(0)) < 0.3
         mask[..., 0] = True
+        mask[4, 2] = False  # sees nothing
         yield case("mask", q, k, v, torch.zeros((9, 5), dtype=torch.int64), mask)
     q, k = torch.zeros(1, 1, 4, 8), torch.zeros(1, 5, 2, 8)
     for place in (5, -1):

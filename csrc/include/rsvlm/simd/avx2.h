@@ -88,6 +88,19 @@ inline Ints set1_int(std::int32_t value) { return _mm256_set1_epi32(value); }
 inline Vec to_float(Ints value) { return _mm256_cvtepi32_ps(value); }
 inline Ints low_halves(Words words) { return _mm256_and_si256(words, _mm256_set1_epi32(0x0f0f0f0f)); }
 inline Ints high_halves(Words words) { return low_halves(_mm256_srli_epi32(words, 4)); }
+// The largest magnitude of 32 values, at least infinity or NaN when one is no finite number: their bits rise with them.
+inline float largest_of_group(const float* x) {
+    __m256i largest = _mm256_setzero_si256();
+    for (int i = 0; i < 32; i += kLanes) {
+        largest = _mm256_max_epi32(largest, _mm256_and_si256(load_ints(x + i), _mm256_set1_epi32(0x7fffffff)));
+    }
+    const __m128i half = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    const __m128i quarter = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    const std::int32_t bits = _mm_cvtsi128_si32(_mm_max_epi32(quarter, _mm_shuffle_epi32(quarter, 0xb1)));
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
 // Rounded values -128..127, a byte each.
 inline void store_codes(std::int8_t* to, Vec rounded) {
     const __m256i whole = _mm256_cvtps_epi32(rounded);

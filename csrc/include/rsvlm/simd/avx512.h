@@ -1,5 +1,5 @@
-// Sixteen float lanes with AVX-512 F, BW, DQ, VL; RSVLM_DOT_BF16 adds the dot products of bf16 and of bytes, and permutations of
-// bytes, which the same CPUs have. What avx2.h says about files that include it holds here too.
+// Sixteen float lanes with AVX-512 F, BW, DQ, VL; RSVLM_DOT_BF16 adds the dot products of bf16 and of bytes, and permutations
+// of bytes, which the same CPUs have. What avx2.h says about files that include it holds here too.
 #pragma once
 
 #include <cstdint>
@@ -86,6 +86,15 @@ inline Ints set1_int(std::int32_t value) { return _mm512_set1_epi32(value); }
 inline Vec to_float(Ints value) { return _mm512_cvtepi32_ps(value); }
 inline Ints low_halves(Words words) { return _mm512_and_si512(words, _mm512_set1_epi32(0x0f0f0f0f)); }
 inline Ints high_halves(Words words) { return low_halves(_mm512_srli_epi32(words, 4)); }
+// The largest magnitude of 32 values, at least infinity or NaN when one is no finite number: their bits rise with them.
+inline float largest_of_group(const float* x) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    const __m512i low = _mm512_and_si512(load_ints(x), magnitude), high = _mm512_and_si512(load_ints(x + 16), magnitude);
+    const std::int32_t bits = _mm512_reduce_max_epi32(_mm512_max_epi32(low, high));
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
 // Rounded values -128..127, a byte each.
 inline void store_codes(std::int8_t* to, Vec rounded) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(rounded)));
@@ -99,7 +108,9 @@ inline void split_octets(std::int8_t* codes) {
 #ifdef RSVLM_DOT_BF16
 // Rows `lane`..`lane` + 15 of four columns of 32 codes, each code plus 128.
 inline Ints quads_of_columns(const char* columns, std::int64_t lane) {
-    const __m512i places = _mm512_setr_epi32(0x60402000, 0x61412101, 0x62422202, 0x63432303, 0x64442404, 0x65452505, 0x66462606, 0x67472707, 0x68482808, 0x69492909, 0x6a4a2a0a, 0x6b4b2b0b, 0x6c4c2c0c, 0x6d4d2d0d, 0x6e4e2e0e, 0x6f4f2f0f);
+    const __m512i places =
+        _mm512_setr_epi32(0x60402000, 0x61412101, 0x62422202, 0x63432303, 0x64442404, 0x65452505, 0x66462606, 0x67472707,
+                          0x68482808, 0x69492909, 0x6a4a2a0a, 0x6b4b2b0b, 0x6c4c2c0c, 0x6d4d2d0d, 0x6e4e2e0e, 0x6f4f2f0f);
     const __m512i index = _mm512_add_epi8(places, _mm512_set1_epi8(static_cast<char>(lane)));
     const __m512i quads = _mm512_permutex2var_epi8(_mm512_loadu_si512(columns), index, _mm512_loadu_si512(columns + 64));
     return _mm512_xor_si512(quads, _mm512_set1_epi8(-128));

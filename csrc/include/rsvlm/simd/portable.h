@@ -105,6 +105,19 @@ inline Ints set1_int(std::int32_t value) { return Ints{value, value, value, valu
 inline Vec to_float(Ints value) { return __builtin_convertvector(value, Vec); }
 inline Ints low_halves(Words words) { return words & 0x0f0f0f0f; }
 inline Ints high_halves(Words words) { return (words >> 4) & 0x0f0f0f0f; }
+// The largest magnitude of 32 values, at least infinity or NaN when one is no finite number: their bits rise with them.
+inline float largest_of_group(const float* x) {
+    std::int32_t largest = 0;
+    for (int i = 0; i < 32; ++i) {
+        std::int32_t bits;
+        std::memcpy(&bits, x + i, sizeof(bits));
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    float value;
+    std::memcpy(&value, &largest, sizeof(value));
+    return value;
+}
 // Rounded values -128..127, a byte each.
 inline void store_codes(std::int8_t* to, Vec rounded) {
     for (int lane = 0; lane < kLanes; ++lane) {
