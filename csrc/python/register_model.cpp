@@ -3,12 +3,12 @@
 
 #include <algorithm>
 #include <array>
-#include <map>
 
 #include "bindings.h"
 #include "pointers.h"
 #include "rsvlm/decoder.h"
 #include "rsvlm/scene_model.h"
+#include "rsvlm/settings.h"
 
 namespace py = pybind11;
 
@@ -17,32 +17,6 @@ namespace {
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-using Settings = std::map<std::string, double>;
-
-double setting(const Settings& settings, const std::string& name) {
-    const auto found = settings.find(name);
-    if (found == settings.end()) {
-        throw std::invalid_argument("settings must hold " + name + ", got none; export the package again");
-    }
-    return found->second;
-}
-
-LinearKind linear_kind(const std::string& kind) {
-    if (kind == "fp32") {
-        return LinearKind::kFloat32;
-    }
-    if (kind == "bf16") {
-        return LinearKind::kBf16;
-    }
-    if (kind == "int8") {
-        return LinearKind::kInt8;
-    }
-    if (kind == "int4") {
-        return LinearKind::kInt4;
-    }
-    throw std::invalid_argument("kind must be 'fp32', 'bf16', 'int8' or 'int4', got '" + kind + "'; export the package again");
-}
-
 // name -> (kind, rows, columns, bytes) for a laid-out weight, ("", count, 0, bytes) for a float32 vector and ("raw", count, 0,
 // bytes) for values of two bytes; the bytes stay the caller's. Int8 and int4 weights whose name begins with one of
 // `int8_inputs` round their inputs to int8.
@@ -63,9 +37,7 @@ WeightTable weight_table(const py::dict& weights, const std::vector<std::string>
             table.add_raw(name, bytes.ptr, rows);
         } else {
             Linear linear{linear_kind(kind), rows, columns, static_cast<const char*>(bytes.ptr)};
-            const bool codes = linear.kind == LinearKind::kInt8 || linear.kind == LinearKind::kInt4;
-            linear.int8_inputs = codes && std::any_of(int8_inputs.begin(), int8_inputs.end(),
-                                                      [&](const std::string& part) { return name.rfind(part, 0) == 0; });
+            linear.int8_inputs = rounds_inputs(linear.kind, name, int8_inputs);
             expected = linear_layout_bytes(linear);
             table.add_linear(name, linear);
         }
@@ -81,7 +53,9 @@ class PyDecoder {
   public:
     PyDecoder(const py::dict& weights, const Settings& settings, const Array<float>& frequencies, const std::string& cache,
               const std::vector<std::string>& int8_inputs)
-        : weights_(weights), decoder_(shape(settings, frequencies, cache), weight_table(weights, int8_inputs)) {}
+        : weights_(weights),
+          decoder_(decoder_shape(settings, {frequencies.data(), frequencies.data() + frequencies.size()}, element(cache)),
+                   weight_table(weights, int8_inputs)) {}
 
     std::unique_ptr<KvCache> cache(std::int64_t rows, std::int64_t capacity) const {
         return std::make_unique<KvCache>(decoder_.shape(), rows, capacity);
@@ -150,20 +124,6 @@ class PyDecoder {
     }
 
   private:
-    static DecoderShape shape(const Settings& settings, const Array<float>& frequencies, const std::string& cache) {
-        const auto whole = [&](const char* name) { return static_cast<std::int64_t>(setting(settings, name)); };
-        return {whole("vocab_size"),
-                whole("hidden_size"),
-                whole("intermediate_size"),
-                whole("num_layers"),
-                whole("num_heads"),
-                whole("num_kv_heads"),
-                whole("head_dim"),
-                static_cast<float>(setting(settings, "rms_norm_eps")),
-                element(cache),
-                std::vector<float>(frequencies.data(), frequencies.data() + frequencies.size())};
-    }
-
     static void check_lengths(py::ssize_t rows, py::ssize_t positions, py::ssize_t others) {
         if (rows != positions || rows != others) {
             throw std::invalid_argument("rows, positions and tokens must have one length, got " + std::to_string(rows) + ", " +
@@ -185,14 +145,10 @@ class PyDecoder {
     Decoder decoder_;
 };
 
-Activation activation(double code) {
-    return code == 0 ? Activation::kGelu : code == 1 ? Activation::kGeluTanh : Activation::kQuickGelu;
-}
-
 class PySceneModel {
   public:
     PySceneModel(const py::dict& weights, const Settings& settings, const std::vector<std::string>& int8_inputs)
-        : weights_(weights), model_(shape(settings), weight_table(weights, int8_inputs)) {}
+        : weights_(weights), model_(scene_shape(settings), weight_table(weights, int8_inputs)) {}
 
     // Three taps [S, hidden], then three class tokens [T or 0, hidden].
     std::vector<py::array_t<float>> encode(const Array<float>& patches, const Array<float>& positions,
@@ -289,32 +245,6 @@ class PySceneModel {
     }
 
   private:
-    static SceneShape shape(const Settings& settings) {
-        const auto whole = [&](const char* name) { return static_cast<std::int64_t>(setting(settings, name)); };
-        SceneShape shape;
-        shape.vision = {whole("vision_hidden"),
-                        whole("vision_intermediate"),
-                        whole("vision_heads"),
-                        whole("patch_values"),
-                        {whole("tap_object"), whole("tap_region"), whole("tap_scene")},
-                        activation(setting(settings, "vision_activation")),
-                        static_cast<float>(setting(settings, "vision_eps")),
-                        whole("class_token") != 0};
-        shape.embed = whole("embed");
-        shape.text = whole("text");
-        shape.salient_patches = whole("salient_patches");
-        shape.class_pooling = whole("class_pooling") != 0;
-        shape.augmentation_heads = whole("augmentation_heads");
-        shape.language = whole("language");
-        shape.experts = whole("experts");
-        shape.expert_hidden = whole("expert_hidden");
-        shape.top_k = whole("top_k");
-        shape.projector = whole("projector");
-        shape.pixel_shuffle = whole("pixel_shuffle");
-        shape.projector_activation = activation(setting(settings, "projector_activation"));
-        return shape;
-    }
-
     static void check_size(const char* name, std::int64_t found, std::int64_t expected) {
         if (found != expected) {
             throw std::invalid_argument(std::string(name) + " must hold " + std::to_string(expected) + " values, got " +

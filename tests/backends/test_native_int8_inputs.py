@@ -13,7 +13,9 @@ import pytest
 from rsvlm_infer.errors import CheckpointError
 from tests.native import needs_native, per_instruction_set, threads
 
-torch = pytest.importorskip("torch", reason="packages are made with torch, and eager is the reference")
+pytest.importorskip("torch", reason="packages are made with torch, and eager is the reference")
+
+import torch
 
 from rsvlm_export.native import export_native
 from rsvlm_infer.backends import Prompt
