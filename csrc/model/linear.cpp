@@ -11,8 +11,7 @@
 #include "rows.h"
 #include "rsvlm/bfloat16.h"
 #include "rsvlm/cpu.h"
-#include "rsvlm/scratch.h"
-#include "threads.h"
+#include "rsvlm/parallel.h"
 
 namespace rsvlm {
 namespace {
@@ -205,13 +204,13 @@ void multiply_many(const Linear& linear, const ManyRows& call) {
     const std::int64_t row_bytes = operand_row_bytes(call.operand, linear.columns);
     const std::int64_t count = linear.int8_inputs ? padded / kPanelGroup : call.operand == Operand::kBf16 ? padded / 2 : padded;
     const int threads = num_threads();
-    const auto panel_bytes = static_cast<std::size_t>(padded * kWeightRows) * sizeof(float);
-    parallel_for(blocks * pieces, threads, [&](std::int64_t part, int) {
+    const bool plain = linear.kind == LinearKind::kFloat32;  // lies as a panel already
+    const auto panel_floats = static_cast<std::size_t>(plain ? 0 : padded * kWeightRows);
+    for_each_part(blocks * pieces, threads, panel_floats, [&](std::int64_t part, float* scratch) {
         const std::int64_t block = part / pieces, token = part % pieces * kRowsAtOnce, row = block * kWeightRows;
         const char* layout = linear.layout + block * linear_block_bytes(linear);
         const float* panel = reinterpret_cast<const float*>(layout);
-        if (linear.kind != LinearKind::kFloat32) {
-            auto* scratch = static_cast<float*>(thread_scratch(panel_bytes));
+        if (!plain) {
             const char* ahead = layout + (block + threads < blocks ? threads * linear_block_bytes(linear) : 0);
             (linear.int8_inputs ? codes.unpack : kernels.unpack)({linear.kind, layout, padded / kWeightGroup, scratch, ahead});
             panel = scratch;

@@ -9,9 +9,8 @@
 #include "rows.h"
 #include "rsvlm/bfloat16.h"
 #include "rsvlm/cpu.h"
-#include "rsvlm/scratch.h"
+#include "rsvlm/parallel.h"
 #include "rsvlm/varlen_tile_attention.h"
-#include "threads.h"
 
 namespace rsvlm {
 namespace {
@@ -20,12 +19,13 @@ constexpr std::int64_t kRowsAtOnce = 16;  // of a loop over rows: some microseco
 
 std::int64_t element_bytes(Element element) { return element == Element::kBfloat16 ? 2 : 4; }
 
-// body(row) for all rows, on all threads.
+// body(row, scratch) for all rows, on all threads, each with `floats` floats of its own.
 template <class Body>
-void for_rows(std::int64_t count, const Body& body) {
-    parallel_for((count + kRowsAtOnce - 1) / kRowsAtOnce, num_threads(), [&](std::int64_t part, int) {
+void for_rows(std::int64_t count, std::int64_t floats, const Body& body) {
+    const std::int64_t parts = (count + kRowsAtOnce - 1) / kRowsAtOnce;
+    for_each_part(parts, num_threads(), static_cast<std::size_t>(floats), [&](std::int64_t part, float* scratch) {
         for (std::int64_t row = part * kRowsAtOnce; row < std::min((part + 1) * kRowsAtOnce, count); ++row) {
-            body(row);
+            body(row, scratch);
         }
     });
 }
@@ -111,9 +111,7 @@ void SceneModel::write_rows(const Linear& linear, std::int64_t count, const Make
     const Operand operand = operand_of(linear);
     const std::int64_t bytes = operand_row_bytes(operand, linear.columns);
     rows_.resize(static_cast<std::size_t>(count * bytes));
-    for_rows(count, [&](std::int64_t n) {
-        auto* row =
-            static_cast<float*>(thread_scratch(static_cast<std::size_t>(padded_columns(linear.columns)) * sizeof(float)));
+    for_rows(count, padded_columns(linear.columns), [&](std::int64_t n, float* row) {
         make(n, row);
         write_operand_row(operand, row, linear.columns, rows_.data() + n * bytes);
     });
@@ -164,10 +162,12 @@ void SceneModel::attend(const Linear& linear, std::int64_t rows, std::int64_t he
         queries_.resize(static_cast<std::size_t>((rows + 2 * keys) * width) * 2);
         auto* narrow = reinterpret_cast<std::uint16_t*>(queries_.data());
         const RowKernels kernels = row_kernels();
-        for_rows(rows, [&](std::int64_t n) { kernels.convert(q + n * q_stride, width, element_, narrow + n * width); });
+        for_rows(rows, 0,
+                 [&](std::int64_t n, float*) { kernels.convert(q + n * q_stride, width, element_, narrow + n * width); });
         std::uint16_t* pairs = narrow + rows * width;
-        for_rows(keys,
-                 [&](std::int64_t n) { kernels.convert(kv + n * kv_stride, 2 * width, element_, pairs + n * 2 * width); });
+        for_rows(keys, 0, [&](std::int64_t n, float*) {
+            kernels.convert(kv + n * kv_stride, 2 * width, element_, pairs + n * 2 * width);
+        });
         call.q = {narrow, width, dim};
         call.k = {pairs, 2 * width, dim};
         call.v = {pairs + width, 2 * width, dim};
@@ -218,7 +218,7 @@ void SceneModel::encode(const float* patches, const float* positions, const std:
         std::memcpy(x + extra * width, wide_.data() + patch * width, floats(length));
     });
     if (pre_norm_.weight != nullptr) {
-        for_rows(rows, [&](std::int64_t n) {
+        for_rows(rows, 0, [&](std::int64_t n, float*) {
             float* x = x_.data() + n * width;
             kernels.norm({x, pre_norm_.weight, pre_norm_.bias, width, vision.eps, x, Element::kFloat32});
         });
@@ -261,7 +261,7 @@ void SceneModel::project(const float* features, const std::vector<std::array<std
     const RowKernels kernels = row_kernels();
     if (input_norm_.weight != nullptr) {
         x_.resize(static_cast<std::size_t>(count * width));
-        for_rows(count, [&](std::int64_t n) {
+        for_rows(count, 0, [&](std::int64_t n, float*) {
             kernels.norm({features + n * width, input_norm_.weight, input_norm_.bias, width, 1e-5f, x_.data() + n * width,
                           Element::kFloat32});
         });

@@ -102,8 +102,8 @@ class SceneModel {
     void norm_rows(const Linear& linear, const float* x, std::int64_t count, const Norm& norm, float eps);
     void convert_rows(const Linear& linear, const float* x, std::int64_t count);
     void multiply(const Linear& linear, std::int64_t count, float* out, bool add = false, const float* scale = nullptr);
-    void attend(const Linear& linear, std::int64_t rows, std::int64_t heads, const float* q, std::int64_t q_stride, const float* kv,
-                std::int64_t kv_stride, std::int64_t keys, const std::vector<std::int64_t>& bounds,
+    void attend(const Linear& linear, std::int64_t rows, std::int64_t heads, const float* q, std::int64_t q_stride,
+                const float* kv, std::int64_t kv_stride, std::int64_t keys, const std::vector<std::int64_t>& bounds,
                 const std::vector<std::int64_t>& key_bounds);
     void activate(const Linear& linear, std::int64_t count, Activation activation);
     void run_head(const Head& head, std::int64_t count, const float* x, float* out);
