@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -136,30 +135,11 @@ def speed_rows(models: dict[str, RSVLM], options: argparse.Namespace) -> list[di
 
 def load_row(options: argparse.Namespace, name: str, package: Path) -> dict[str, Any]:
     """A new process loads the package, whose file the system has cached, and captions the image."""
-    command = [sys.executable, "-m", "benchmarks.native_batches", "--load", str(package), str(options.image)]
+    command = [sys.executable, "-m", "benchmarks.package_load", str(package), str(options.image)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    note = f"{found['seconds']:.2f} s without reading sha256; peak RSS of one caption {found['peak_rss_mb']:.0f} MB, "
-    note += f"{found['imported_rss_mb']:.0f} MB of it before loading"
-    return row_of(options, name, "load", found["verified_seconds"] * 1e3, float("nan"), note)
-
-
-def print_load(package: Path, image: Path) -> None:
-    """What `load_row` reads."""
-    imported = _status_mb("VmHWM")
-    start = time.perf_counter()
-    NativeBackend.load(package, verify=False)
-    seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    NativeBackend.load(package)
-    verified = time.perf_counter() - start
-    RSVLM.from_pretrained(package).caption(image)
-    found = {"seconds": seconds, "verified_seconds": verified, "peak_rss_mb": _status_mb("VmHWM"), "imported_rss_mb": imported}
-    print(json.dumps(found))
-
-
-def _status_mb(name: str) -> float:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return float(next(line for line in lines if line.startswith(name)).split()[1]) / 1e3
+    note = f"peak RSS of one caption {found['peak_rss_mb']:.0f} MB, {found['imported_rss_mb']:.0f} MB of it before loading"
+    seconds = found["load_cpu_s" if options.clock == "cpu" else "load_s"]
+    return row_of(options, name, "load", seconds * 1e3, float("nan"), note)
 
 
 def row_of(
@@ -177,9 +157,6 @@ def row_of(
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--load"]:
-        print_load(Path(sys.argv[2]), Path(sys.argv[3]))
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", type=Path, help="captioned by the process whose memory is measured")
     parser.add_argument("--checkpoint", type=Path, default=default_checkpoint())

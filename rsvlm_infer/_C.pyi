@@ -125,7 +125,7 @@ class NativeDecoder:
         settings: Mapping[str, float],
         frequencies: NDArray[np.float32],
         cache: str,
-        int8_inputs: Sequence[str],
+        int8_inputs: Sequence[str] = ...,
     ) -> None: ...
     def cache(self, *, rows: int, capacity: int) -> KvCache: ...
     def embed(self, *, token_ids: NDArray[np.int32]) -> NDArray[np.float32]: ...
@@ -152,7 +152,7 @@ class NativeSceneModel:
         *,
         weights: Mapping[str, tuple[str, int, int, NDArray[np.uint8]]],
         settings: Mapping[str, float],
-        int8_inputs: Sequence[str],
+        int8_inputs: Sequence[str] = ...,
     ) -> None: ...
     def encode(
         self, *, patches: NDArray[np.float32], positions: NDArray[np.float32], bounds: Sequence[int]

@@ -277,7 +277,7 @@ void register_model(py::module_& module) {
         .def(py::init<const py::dict&, const Settings&, const Array<float>&, const std::string&,
                       const std::vector<std::string>&>(),
              py::kw_only(), py::arg("weights"), py::arg("settings"), py::arg("frequencies"), py::arg("cache"),
-             py::arg("int8_inputs"))
+             py::arg("int8_inputs") = std::vector<std::string>())
         .def("cache", &PyDecoder::cache, py::kw_only(), py::arg("rows"), py::arg("capacity"))
         .def("embed", &PyDecoder::embed, py::kw_only(), py::arg("token_ids"), "ids [n] -> float32 [n, hidden].")
         .def("prefill", &PyDecoder::prefill, py::kw_only(), py::arg("cache"), py::arg("rows"), py::arg("positions"),
@@ -290,7 +290,7 @@ void register_model(py::module_& module) {
              py::arg("token_ids"), "The same -> the most likely ids [n], ties to the lowest, and their logits [n].");
     py::class_<PySceneModel>(module, "NativeSceneModel", "Everything between patches and the language model.")
         .def(py::init<const py::dict&, const Settings&, const std::vector<std::string>&>(), py::kw_only(), py::arg("weights"),
-             py::arg("settings"), py::arg("int8_inputs"))
+             py::arg("settings"), py::arg("int8_inputs") = std::vector<std::string>())
         .def("encode", &PySceneModel::encode, py::kw_only(), py::arg("patches"), py::arg("positions"), py::arg("bounds"),
              "patches [S, 3 p p] and positions [S, Dv] -> three taps [S, Dv], three class tokens [T or 0, Dv].")
         .def("align", &PySceneModel::align, py::kw_only(), py::arg("taps"), py::arg("scene_class_token"), py::arg("bounds"),
