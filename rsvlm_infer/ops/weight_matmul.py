@@ -158,7 +158,7 @@ def round_inputs(x: Tensor) -> Tensor:
     """
     if x.ndim < 1 or x.shape[-1] % GROUP:
         raise InputError(f"x must be [..., In] with In a multiple of {GROUP}, got {list(x.shape)}; use a weight without codes")
-    groups = x.float().unflatten(-1, (-1, GROUP))
+    groups = x.float().reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
     largest = groups.abs().amax(dim=-1, keepdim=True)
     most = torch.full_like(largest, 127)
     scale = largest / most

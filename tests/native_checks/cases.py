@@ -27,10 +27,9 @@ from rsvlm_infer.ops.rope import rope
 from rsvlm_infer.ops.route import route
 from rsvlm_infer.ops.varlen_tile_attention import varlen_tile_attention
 from rsvlm_infer.ops.weight_matmul import PackedWeight, dequantise, pack_weight, weight_matmul
+from tests.native_checks.case import EPSILONS, Case, kind_of
+from tests.native_checks.model_cases import MODEL_RECORDERS
 from tests.parity import AWKWARD_LENGTHS, to_float64
-
-from .case import EPSILONS, Case, kind_of
-from .model_cases import MODEL_RECORDERS
 
 BROKEN = (float("nan"), float("inf"))
 

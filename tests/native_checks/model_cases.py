@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rsvlm_export.native import GROUP, INT8_INPUTS, _fit_int4, lay_out
@@ -20,20 +22,23 @@ from rsvlm_infer.backends.positions import resize_table
 from rsvlm_infer.config import RsvlmConfig
 from rsvlm_infer.layers.language_model import KvCache
 from rsvlm_infer.models.rsvlm import RsvlmModel
-from rsvlm_infer.ops.weight_matmul import dequantise, pack_weight, round_inputs, weight_matmul
+from rsvlm_infer.ops.weight_matmul import PackedWeight, dequantise, pack_weight, round_inputs, weight_matmul
 from tests.backends.native_packages import AWKWARD, CONFIG, random_model
+from tests.native_checks.case import Case
 from tests.parity import AWKWARD_LENGTHS, allowed_error, to_float64
 
-from .case import Case
-
 SHARE_OF_SCALE = {"fp32": 2e-5, "bf16": 0.1, "int8": 0.1, "int4": 0.1}  # as in tests/backends/test_native.py
+assert CONFIG.language is not None
+assert CONFIG.alignment is not None
+assert CONFIG.experts is not None
 WIDE = dataclasses.replace(
     CONFIG,
     vision=dataclasses.replace(CONFIG.vision, hidden_size=64, intermediate_size=96),
     language=dataclasses.replace(CONFIG.language, hidden_size=64, intermediate_size=96, head_dim=16),
 )
+EXPERTS = CONFIG.experts
 # rounding may let another patch be salient or another expert be chosen, which no tolerance covers
-STEADY = dataclasses.replace(WIDE, experts=None, alignment=dataclasses.replace(WIDE.alignment, levels=("region", "scene")))
+STEADY = dataclasses.replace(WIDE, experts=None, alignment=dataclasses.replace(CONFIG.alignment, levels=("region", "scene")))
 GRIDS = ((2, 2), (4, 6), (2, 8), (6, 6))
 
 
@@ -92,10 +97,11 @@ def linear() -> Iterator[Case]:
         yield case.expect("few", "float32", exact, allowed).expect("many", "float32", exact, allowed)
 
 
-def _lay_out_codes(packed: object) -> np.ndarray:
+def _lay_out_codes(packed: PackedWeight) -> NDArray[np.uint8]:
     from rsvlm_infer import _C
 
-    shape = {"kind": packed.kind, "rows": packed.shape[0], "columns": packed.shape[1], "wide_scales": False}
+    assert packed.scales is not None
+    shape: dict[str, Any] = {"kind": packed.kind, "rows": packed.shape[0], "columns": packed.shape[1], "wide_scales": False}
     layout = np.empty(_C.weight_layout_bytes(**shape), np.uint8)
     _C.lay_out_weight(**shape, codes=packed.codes.data_ptr(), scales=packed.scales.data_ptr(), layout=layout.ctypes.data)
     return layout
@@ -121,7 +127,7 @@ def decoder() -> Iterator[Case]:
         case.number(**numbers).array(frequencies=1 / language.rope_theta**exponent)
         case.array(lengths=torch.tensor(lengths), ids=ids, fed=fed)
         eager = _stands_for(model, precision)
-        rows = [torch.cat((row, fed[[place]])) for place, row in enumerate(ids.split(lengths))]
+        rows = [torch.cat((row, fed[[place]])) for place, row in enumerate(torch.split(ids, lengths))]
         rows[0] = torch.cat((rows[0], fed[len(lengths) :]))
         logits = [_logits(eager, row) for row in rows]
         _weights(case, config, model, precision)
@@ -151,7 +157,7 @@ def scene_model() -> Iterator[Case]:
         vision=dataclasses.replace(
             CONFIG.vision, family="siglip", class_token=False, activation="gelu_tanh", interpolation="bilinear"
         ),
-        experts=dataclasses.replace(CONFIG.experts, kind="gelu_mlp"),
+        experts=dataclasses.replace(EXPERTS, kind="gelu_mlp"),
         tiling="fixed",
     )
     for label, config, precision in (
