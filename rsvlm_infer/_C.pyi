@@ -125,6 +125,7 @@ class NativeDecoder:
         settings: Mapping[str, float],
         frequencies: NDArray[np.float32],
         cache: str,
+        int8_inputs: Sequence[str] = ...,
     ) -> None: ...
     def cache(self, *, rows: int, capacity: int) -> KvCache: ...
     def embed(self, *, token_ids: NDArray[np.int32]) -> NDArray[np.float32]: ...
@@ -147,7 +148,11 @@ class NativeDecoder:
 
 class NativeSceneModel:
     def __init__(
-        self, *, weights: Mapping[str, tuple[str, int, int, NDArray[np.uint8]]], settings: Mapping[str, float]
+        self,
+        *,
+        weights: Mapping[str, tuple[str, int, int, NDArray[np.uint8]]],
+        settings: Mapping[str, float],
+        int8_inputs: Sequence[str] = ...,
     ) -> None: ...
     def encode(
         self, *, patches: NDArray[np.float32], positions: NDArray[np.float32], bounds: Sequence[int]

@@ -28,6 +28,7 @@
 #include "rsvlm/route.h"
 #include "rsvlm/varlen_tile_attention.h"
 #include "rsvlm/weight_matmul.h"
+#include "run_model.h"
 
 namespace rsvlm::checks {
 namespace {
@@ -160,6 +161,9 @@ const std::map<std::string, std::function<void(const Case&, const Outputs&)>> kO
     {"cue_search", run_cue_search},
     {"complexity_map", run_complexity_map},
     {"pack_tiles", run_pack_tiles},
+    {"linear", run_linear},
+    {"decoder", run_decoder},
+    {"scene_model", run_scene_model},
 };
 
 void use_threads([[maybe_unused]] int count) {

@@ -28,7 +28,8 @@ Isa best_isa() {
             return Isa::kAvx2;
         }
     }
-    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+    const bool dots = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    return dots && __builtin_cpu_supports("avx512vbmi") ? Isa::kAvx512Bf16 : Isa::kAvx512;
 #else
     return Isa::kPortable;
 #endif

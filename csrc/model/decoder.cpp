@@ -6,33 +6,16 @@
 #include <stdexcept>
 #include <string>
 
-#include "../ops/decode_attention_kernel.h"
+#include "../ops/attention_kernels.h"
 #include "rows.h"
 #include "rsvlm/bfloat16.h"
 #include "rsvlm/cpu.h"
-#include "threads.h"
+#include "rsvlm/parallel.h"
 
 namespace rsvlm {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
-
-using AttentionKernel = void (*)(const DecodePart&);
-
-AttentionKernel attention_kernel(Element element) {
-    const bool bf16 = element == Element::kBfloat16;
-    switch (kernel_isa()) {
-#if RSVLM_X86_KERNELS
-        case Isa::kAvx512Bf16:
-        case Isa::kAvx512:
-            return bf16 ? avx512::decode_part_bf16 : avx512::decode_part_fp32;
-        case Isa::kAvx2:
-            return bf16 ? avx2::decode_part_bf16 : avx2::decode_part_fp32;
-#endif
-        default:
-            return bf16 ? portable::decode_part_bf16 : portable::decode_part_fp32;
-    }
-}
 
 // Chunks [chunks, dim + 2] of one head in order of keys -> its output.
 void join_chunks(const float* partials, std::int64_t chunks, std::int64_t dim, float* out) {
@@ -65,7 +48,7 @@ struct Decoder::Step {
     std::int32_t* best;
     float* best_logits;
     RowKernels kernels;
-    AttentionKernel attention;
+    void (*attention)(const DecodePart&);
 };
 
 Decoder::Decoder(DecoderShape shape, const WeightTable& weights) : shape_(std::move(shape)) {
@@ -165,7 +148,7 @@ void Decoder::decode(KvCache& cache, const DecodeRow* rows, std::int64_t count, 
         turn(rows[i].position, cosines_.data() + i * half, sines_.data() + i * half);
     }
     const Step step{cache, rows,        count,         logits == nullptr ? logits_.data() : logits,
-                    best,  best_logits, row_kernels(), attention_kernel(shape_.cache)};
+                    best,  best_logits, row_kernels(), decode_kernel(shape_.cache)};
     parallel_region(threads, [&](int thread, int present) { run_step(step, thread, present); });
 }
 

@@ -6,11 +6,12 @@
 #include <string>
 
 #include "../ops/weight_matmul_kernel.h"
+#include "codes_kernel.h"
 #include "linear_kernel.h"
+#include "rows.h"
 #include "rsvlm/bfloat16.h"
 #include "rsvlm/cpu.h"
-#include "rsvlm/scratch.h"
-#include "threads.h"
+#include "rsvlm/parallel.h"
 
 namespace rsvlm {
 namespace {
@@ -48,6 +49,29 @@ LinearKernels choose_kernels(LinearKind kind) {
         default:
             (void)kind;
             return {portable::unpack_panel, portable::multiply_panel, portable::multiply_floats, portable::weight_matmul_part};
+    }
+}
+
+struct CodesKernels {
+    void (*round)(LinearKind, const float*, std::int64_t, RowGroup*);
+    void (*unpack)(const PanelPart&);
+    void (*multiply)(const TilePart&);
+    void (*few)(const FewCodesPart&);
+};
+
+CodesKernels codes_kernels() {
+    switch (kernel_isa()) {
+#if RSVLM_X86_KERNELS
+        case Isa::kAvx512Bf16:
+            return {avx512_bf16::round_row, avx512_bf16::unpack_codes, avx512_bf16::multiply_codes,
+                    avx512_bf16::multiply_few_codes};
+        case Isa::kAvx512:
+            return {avx512::round_row, avx512::unpack_codes, avx512::multiply_codes, avx512::multiply_few_codes};
+        case Isa::kAvx2:
+            return {avx2::round_row, avx2::unpack_codes, avx2::multiply_codes, avx2::multiply_few_codes};
+#endif
+        default:
+            return {portable::round_row, portable::unpack_codes, portable::multiply_codes, portable::multiply_few_codes};
     }
 }
 
@@ -120,7 +144,12 @@ void multiply_few(const Linear& linear, const float* x, std::int64_t tokens, std
         return;
     }
     const char* layout = linear.layout + first * linear_block_bytes(linear);
-    if (linear.kind == LinearKind::kFloat32) {
+    if (linear.int8_inputs) {
+        const CodesKernels codes = codes_kernels();
+        auto* rows = reinterpret_cast<RowGroup*>(scratch);
+        codes.round(linear.kind, x, tokens * padded / kPanelGroup, rows);
+        codes.few({linear.kind, layout, rows, tokens, padded / kPanelGroup, first_row, stop_row, linear.rows, out});
+    } else if (linear.kind == LinearKind::kFloat32) {
         kernels.floats({x, reinterpret_cast<const float*>(layout), padded, tokens, stop - first, out + first_row, linear.rows,
                         stop_row - first_row});
     } else {
@@ -141,30 +170,62 @@ void multiply_few(const Linear& linear, const float* x, std::int64_t tokens, std
     }
 }
 
-Operand operand_of(LinearKind kind) {
-    return kernel_isa() == Isa::kAvx512Bf16 && kind != LinearKind::kFloat32 ? Operand::kBf16 : Operand::kFloat32;
+Operand operand_of(const Linear& linear) {
+    if (linear.int8_inputs) {
+        return linear.kind == LinearKind::kInt4 ? Operand::kInt8ForInt4 : Operand::kInt8;
+    }
+    return kernel_isa() == Isa::kAvx512Bf16 && linear.kind != LinearKind::kFloat32 ? Operand::kBf16 : Operand::kFloat32;
+}
+
+std::int64_t operand_row_bytes(Operand operand, std::int64_t columns) {
+    const std::int64_t padded = padded_columns(columns);
+    return operand == Operand::kFloat32 ? padded * 4
+           : operand == Operand::kBf16  ? padded * 2
+                                        : padded / kPanelGroup * static_cast<std::int64_t>(sizeof(RowGroup));
+}
+
+void write_operand_row(Operand operand, const float* x, std::int64_t columns, void* to) {
+    if (operand == Operand::kInt8 || operand == Operand::kInt8ForInt4) {
+        const LinearKind kind = operand == Operand::kInt8 ? LinearKind::kInt8 : LinearKind::kInt4;
+        codes_kernels().round(kind, x, columns / kPanelGroup, static_cast<RowGroup*>(to));
+        return;
+    }
+    const std::int64_t bytes = operand == Operand::kBf16 ? 2 : 4;
+    row_kernels().convert(x, columns, operand == Operand::kBf16 ? Element::kBfloat16 : Element::kFloat32, to);
+    std::memset(static_cast<char*>(to) + columns * bytes, 0,
+                static_cast<std::size_t>((padded_columns(columns) - columns) * bytes));
 }
 
 void multiply_many(const Linear& linear, const ManyRows& call) {
     const LinearKernels kernels = choose_kernels(linear.kind);
+    const CodesKernels codes = codes_kernels();
     const std::int64_t padded = padded_columns(linear.columns), blocks = linear_blocks(linear);
     const std::int64_t pieces = (call.tokens + kRowsAtOnce - 1) / kRowsAtOnce;
-    const std::int64_t count = call.operand == Operand::kBf16 ? padded / 2 : padded;  // floats or pairs of a row
+    const std::int64_t row_bytes = operand_row_bytes(call.operand, linear.columns);
+    const std::int64_t count = linear.int8_inputs ? padded / kPanelGroup : call.operand == Operand::kBf16 ? padded / 2 : padded;
     const int threads = num_threads();
-    const auto panel_bytes = static_cast<std::size_t>(padded * kWeightRows) * sizeof(float);
-    parallel_for(blocks * pieces, threads, [&](std::int64_t part, int) {
+    const bool plain = linear.kind == LinearKind::kFloat32;  // lies as a panel already
+    const auto panel_floats = static_cast<std::size_t>(plain ? 0 : padded * kWeightRows);
+    for_each_part(blocks * pieces, threads, panel_floats, [&](std::int64_t part, float* scratch) {
         const std::int64_t block = part / pieces, token = part % pieces * kRowsAtOnce, row = block * kWeightRows;
         const char* layout = linear.layout + block * linear_block_bytes(linear);
         const float* panel = reinterpret_cast<const float*>(layout);
-        if (linear.kind != LinearKind::kFloat32) {
-            auto* scratch = static_cast<float*>(thread_scratch(panel_bytes));
-            kernels.unpack({linear.kind, layout, padded / kWeightGroup, scratch});
+        if (!plain) {
+            const char* ahead = layout + (block + threads < blocks ? threads * linear_block_bytes(linear) : 0);
+            (linear.int8_inputs ? codes.unpack : kernels.unpack)({linear.kind, layout, padded / kWeightGroup, scratch, ahead});
             panel = scratch;
         }
-        kernels.multiply({static_cast<const float*>(call.x) + token * count, count, std::min(kRowsAtOnce, call.tokens - token),
-                          count, panel, call.out + token * call.out_stride + row, call.out_stride,
-                          std::min(kWeightRows, linear.rows - row), linear.bias == nullptr ? nullptr : linear.bias + row,
-                          call.scale == nullptr ? nullptr : call.scale + row, call.add});
+        const TilePart tile{static_cast<const char*>(call.x) + token * row_bytes,
+                            std::min(kRowsAtOnce, call.tokens - token),
+                            count,
+                            panel,
+                            call.out + token * call.out_stride + row,
+                            call.out_stride,
+                            std::min(kWeightRows, linear.rows - row),
+                            linear.bias == nullptr ? nullptr : linear.bias + row,
+                            call.scale == nullptr ? nullptr : call.scale + row,
+                            call.add};
+        (linear.int8_inputs ? codes.multiply : kernels.multiply)(tile);
     });
 }
 

@@ -8,28 +8,9 @@
 #include <cstdint>
 
 #include "rsvlm/linear.h"
+#include "tile.h"
 
 namespace rsvlm {
-
-constexpr std::int64_t kPanelRows = 32;
-constexpr std::int64_t kPanelGroup = 32;
-
-struct PanelPart {
-    LinearKind kind;
-    const char* block;
-    std::int64_t groups;  // of 32 columns
-    float* panel;
-};
-
-struct TilePart {
-    const void* x;                         // [tokens, stride] floats or pairs
-    std::int64_t x_stride, tokens, count;  // count of floats or pairs of a row
-    const float* panel;
-    float* out;                        // at the block's first column
-    std::int64_t out_stride, present;  // rows of the block that exist
-    const float *bias, *scale;         // at the block, or null
-    bool add;
-};
 
 struct FewPart {
     const float* x;      // [tokens, stride]
@@ -102,23 +83,6 @@ inline Vec broadcast(std::uint32_t pair) { return _mm512_castsi512_ps(_mm512_set
 inline Vec multiply_add(std::uint32_t, Vec x, Vec weight, Vec sum) { return dot_pairs(sum, x, weight); }
 #endif
 
-inline void finish(const TilePart& part, std::int64_t lane, Vec sum, float* out) {
-    const std::int64_t left = part.present - lane, count = left < kLanes ? left : kLanes;
-    if (count <= 0) {
-        return;
-    }
-    if (part.bias != nullptr) {
-        sum = add(sum, count == kLanes ? load(part.bias + lane) : load_partly(part.bias + lane, count));
-    }
-    if (part.scale != nullptr) {
-        sum = mul(sum, count == kLanes ? load(part.scale + lane) : load_partly(part.scale + lane, count));
-    }
-    if (part.add) {
-        sum = add(sum, count == kLanes ? load(out + lane) : load_partly(out + lane, count));
-    }
-    store_first(out + lane, sum, count);
-}
-
 template <class Value, int Rows>
 inline void run_tile(const TilePart& part, const Value* x, std::int64_t token) {
     for (std::int64_t lane = 0; lane < kPanelRows; lane += kTileLanes) {
@@ -135,7 +99,7 @@ inline void run_tile(const TilePart& part, const Value* x, std::int64_t token) {
             const Vec low = load(panel), high = load(panel + kLanes);
 #pragma GCC unroll 12
             for (int r = 0; r < Rows; ++r) {
-                const Value value = x[r * part.x_stride + k];
+                const Value value = x[r * part.count + k];
                 const Vec lanes = broadcast(value);
                 sums[r][0] = multiply_add(value, lanes, low, sums[r][0]);
                 sums[r][1] = multiply_add(value, lanes, high, sums[r][1]);
@@ -155,16 +119,16 @@ void run_tiles(const TilePart& part) {
     const auto* x = static_cast<const Value*>(part.x);
     std::int64_t token = 0;
     for (; token + kTileRows <= part.tokens; token += kTileRows) {
-        run_tile<Value, kTileRows>(part, x + token * part.x_stride, token);
+        run_tile<Value, kTileRows>(part, x + token * part.count, token);
     }
     for (; token + kTileRows / 2 <= part.tokens; token += kTileRows / 2) {
-        run_tile<Value, kTileRows / 2>(part, x + token * part.x_stride, token);
+        run_tile<Value, kTileRows / 2>(part, x + token * part.count, token);
     }
     for (; token + 2 <= part.tokens; token += 2) {
-        run_tile<Value, 2>(part, x + token * part.x_stride, token);
+        run_tile<Value, 2>(part, x + token * part.count, token);
     }
     for (; token < part.tokens; ++token) {
-        run_tile<Value, 1>(part, x + token * part.x_stride, token);
+        run_tile<Value, 1>(part, x + token * part.count, token);
     }
 }
 
@@ -210,6 +174,7 @@ void unpack_panel(const PanelPart& part) {
     const std::int64_t bytes = scale_bytes + kPanelRows * kPanelGroup * bits / 8;
     const char* group = part.block;
     for (std::int64_t g = 0; g < part.groups; ++g, group += bytes) {
+        fetch(part.ahead + g * bytes, bytes);
 #ifdef RSVLM_DOT_BF16
         float* panel = part.panel + g * kPanelGroup / 2 * kPanelRows;
         if (part.kind == LinearKind::kBf16) {

@@ -3,12 +3,11 @@
 #include <cmath>
 #include <cstring>
 
-#include "../ops/varlen_tile_attention_kernel.h"
+#include "../ops/attention_kernels.h"
 #include "rows.h"
 #include "rsvlm/bfloat16.h"
 #include "rsvlm/decoder.h"
-#include "rsvlm/scratch.h"
-#include "threads.h"
+#include "rsvlm/parallel.h"
 
 namespace rsvlm {
 namespace {
@@ -18,24 +17,6 @@ constexpr std::int64_t kAttentionPiece = 96;  // queries that share one copy of 
 constexpr std::int64_t kRowsAtOnce = 480;     // keeps the widest activation of the default model at 6 MB
 
 std::int64_t element_bytes(Element element) { return element == Element::kBfloat16 ? 2 : 4; }
-
-using AttentionKernel = void (*)(const AttentionPart&);
-
-AttentionKernel attention_kernel(Element element) {
-    const bool bf16 = element == Element::kBfloat16;
-    switch (kernel_isa()) {
-#if RSVLM_X86_KERNELS
-        case Isa::kAvx512Bf16:
-            return bf16 ? avx512_bf16::attention_part_bf16 : avx512::attention_part_fp32;
-        case Isa::kAvx512:
-            return bf16 ? avx512::attention_part_bf16 : avx512::attention_part_fp32;
-        case Isa::kAvx2:
-            return bf16 ? avx2::attention_part_bf16 : avx2::attention_part_fp32;
-#endif
-        default:
-            return bf16 ? portable::attention_part_bf16 : portable::attention_part_fp32;
-    }
-}
 
 // Neighbouring new tokens of one cache row; `first` counts them in the batch.
 struct Piece {
@@ -84,11 +65,12 @@ void Decoder::prefill_rows(KvCache& cache, const PrefillRow* rows, std::int64_t 
     const std::int64_t hidden = shape_.hidden, dim = shape_.head_dim, half = dim / 2, heads = shape_.heads;
     const std::int64_t kv_heads = shape_.kv_heads, group = heads / kv_heads, group_width = heads * dim;
     const std::int64_t gated = padded_columns(shape_.intermediate);
-    std::int64_t tokens = 0;
+    std::int64_t tokens = 0, longest = 0;
     std::vector<std::int64_t> positions, cache_rows;
     std::vector<Piece> pieces;
     for (std::int64_t i = 0; i < count; ++i) {
         tokens += rows[i].tokens;
+        longest = std::max(longest, rows[i].position + rows[i].tokens);
         for (std::int64_t n = 0; n < rows[i].tokens; n += kAttentionPiece) {
             pieces.push_back({rows[i].row, rows[i].position + n, std::min(kAttentionPiece, rows[i].tokens - n),
                               tokens - rows[i].tokens + n});
@@ -100,15 +82,15 @@ void Decoder::prefill_rows(KvCache& cache, const PrefillRow* rows, std::int64_t 
     }
     // the longest first, so that the last thread to finish holds a short one
     std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.position > b.position; });
+    const auto attention_floats = static_cast<std::size_t>(attention_scratch_floats(longest, dim));
     const RowKernels kernels = row_kernels();
-    const AttentionKernel attend = attention_kernel(shape_.cache);
+    const auto attend = attention_kernel(shape_.cache);
     const int threads = num_threads();
-    const Operand operand = operand_of(layers_[0].qkv.kind);
-    const Element element = operand == Operand::kBf16 ? Element::kBfloat16 : Element::kFloat32;
-    const std::int64_t operand_bytes = element_bytes(element), cache_bytes = element_bytes(shape_.cache);
-    const std::int64_t widest = std::max({padded_columns(hidden), padded_columns(group_width), gated});
+    const std::int64_t cache_bytes = element_bytes(shape_.cache);
     const std::int64_t wide = std::max(layers_[0].qkv.rows, layers_[0].gate_up.rows);
-    operand_.assign(static_cast<std::size_t>(tokens * widest * operand_bytes), 0);
+    const Layer& one = layers_[0];  // all layers have its widths, and no operand is wider than float32
+    const std::int64_t widest = std::max({one.qkv.columns, one.o.columns, one.down.columns});
+    operand_.resize(static_cast<std::size_t>(tokens * operand_row_bytes(Operand::kFloat32, widest)));
     queries_.resize(static_cast<std::size_t>(tokens * group_width * cache_bytes));
     outputs_.resize(static_cast<std::size_t>(tokens * group_width * cache_bytes));
     prompt_wide_.resize(static_cast<std::size_t>(tokens * wide));
@@ -116,26 +98,32 @@ void Decoder::prefill_rows(KvCache& cache, const PrefillRow* rows, std::int64_t 
     for (std::int64_t n = 0; n < tokens; ++n) {
         turn(positions[static_cast<std::size_t>(n)], cosines.data() + n * half, sines.data() + n * half);
     }
-    // The padding of a row must be zero, and rows of another width have lain there.
-    const auto operand_row = [&](std::int64_t n, std::int64_t columns) {
-        const std::int64_t stride = padded_columns(columns);
-        char* row = operand_.data() + n * stride * operand_bytes;
-        std::fill(row + columns * operand_bytes, row + stride * operand_bytes, '\0');
-        return row;
-    };
-    const auto norm_rows = [&](const float* weight) {
-        parallel_for((tokens + 15) / 16, threads, [&](std::int64_t part, int) {
+    // Rows of x for a product with `linear`, 16 at a time: make(token, buffer of a row's floats) gives the floats.
+    const auto write_rows = [&](const Linear& linear, const auto& make) {
+        const Operand operand = operand_of(linear);
+        const std::int64_t bytes = operand_row_bytes(operand, linear.columns);
+        const auto floats = static_cast<std::size_t>(padded_columns(linear.columns));
+        for_each_part((tokens + 15) / 16, threads, floats, [&](std::int64_t part, float* row) {
             for (std::int64_t n = part * 16; n < std::min(part * 16 + 16, tokens); ++n) {
-                kernels.norm({x + n * hidden, weight, nullptr, hidden, shape_.eps, operand_row(n, hidden), element});
+                make(n, row);
+                write_operand_row(operand, row, linear.columns, operand_.data() + n * bytes);
             }
         });
+    };
+    const auto norm_rows = [&](const Linear& linear, const float* weight) {
+        write_rows(linear, [&](std::int64_t n, float* row) {
+            kernels.norm({x + n * hidden, weight, nullptr, hidden, shape_.eps, row, Element::kFloat32});
+        });
+    };
+    const auto multiply = [&](const Linear& linear, float* out, bool add) {
+        multiply_many(linear, {operand_.data(), operand_of(linear), tokens, out, linear.rows, add});
     };
     for (std::int64_t index = 0; index < shape_.layers; ++index) {
         const Layer& layer = layers_[static_cast<std::size_t>(index)];
         const std::int64_t qkv_width = layer.qkv.rows;
-        norm_rows(layer.input_norm);
-        multiply_many(layer.qkv, {operand_.data(), operand, tokens, prompt_wide_.data(), qkv_width});
-        parallel_for((tokens + 15) / 16, threads, [&](std::int64_t part, int) {
+        norm_rows(layer.qkv, layer.input_norm);
+        multiply(layer.qkv, prompt_wide_.data(), false);
+        for_each_part((tokens + 15) / 16, threads, 0, [&](std::int64_t part, float*) {
             for (std::int64_t n = part * 16; n < std::min(part * 16 + 16, tokens); ++n) {
                 const float* row = prompt_wide_.data() + n * qkv_width;
                 const std::int64_t place = positions[static_cast<std::size_t>(n)];
@@ -152,45 +140,41 @@ void Decoder::prefill_rows(KvCache& cache, const PrefillRow* rows, std::int64_t 
                 }
             }
         });
-        parallel_for(static_cast<std::int64_t>(pieces.size()) * heads, threads, [&](std::int64_t part, int) {
-            const Piece& piece = pieces[static_cast<std::size_t>(part / heads)];
-            const std::int64_t head = part % heads, keys = piece.position + piece.tokens;
-            float limits[kAttentionPiece];
-            for (std::int64_t n = 0; n < piece.tokens; ++n) {
-                limits[n] = static_cast<float>(piece.position + n + 1);
-            }
-            const auto floats = static_cast<std::size_t>(attention_scratch_floats(keys, dim));
-            const std::int64_t at = (piece.first * heads + head) * dim * cache_bytes;
-            attend({queries_.data() + at, cache.key(index, piece.row, head / group, 0),
-                    cache.value(index, piece.row, head / group, 0), outputs_.data() + at, group_width, dim, dim, group_width,
-                    piece.tokens, keys, dim, kLog2E / std::sqrt(static_cast<float>(dim)),
-                    static_cast<float*>(thread_scratch(floats * sizeof(float))), limits});
-        });
-        for (std::int64_t n = 0; n < tokens; ++n) {
+        for_each_part(
+            static_cast<std::int64_t>(pieces.size()) * heads, threads, attention_floats,
+            [&](std::int64_t part, float* scratch) {
+                const Piece& piece = pieces[static_cast<std::size_t>(part / heads)];
+                const std::int64_t head = part % heads, keys = piece.position + piece.tokens;
+                float limits[kAttentionPiece];
+                for (std::int64_t n = 0; n < piece.tokens; ++n) {
+                    limits[n] = static_cast<float>(piece.position + n + 1);
+                }
+                const std::int64_t at = (piece.first * heads + head) * dim * cache_bytes;
+                attend({queries_.data() + at, cache.key(index, piece.row, head / group, 0),
+                        cache.value(index, piece.row, head / group, 0), outputs_.data() + at, group_width, dim, dim,
+                        group_width, piece.tokens, keys, dim, kLog2E / std::sqrt(static_cast<float>(dim)), scratch, limits});
+            });
+        write_rows(layer.o, [&](std::int64_t n, float* row) {
             const char* from = outputs_.data() + n * group_width * cache_bytes;
-            char* to = operand_row(n, group_width);
-            if (shape_.cache == element) {
-                std::memcpy(to, from, static_cast<std::size_t>(group_width * cache_bytes));
-            } else {  // a bf16 cache on a CPU without the bf16 dot product
+            if (shape_.cache == Element::kFloat32) {
+                std::memcpy(row, from, static_cast<std::size_t>(group_width * cache_bytes));
+            } else {
                 const auto* halves = reinterpret_cast<const std::uint16_t*>(from);
                 for (std::int64_t i = 0; i < group_width; ++i) {
-                    reinterpret_cast<float*>(to)[i] = widen(halves[i]);
-                }
-            }
-        }
-        multiply_many(layer.o, {operand_.data(), operand, tokens, x, hidden, true});
-        norm_rows(layer.post_norm);
-        multiply_many(layer.gate_up, {operand_.data(), operand, tokens, prompt_wide_.data(), layer.gate_up.rows});
-        parallel_for((tokens + 15) / 16, threads, [&](std::int64_t part, int) {
-            for (std::int64_t n = part * 16; n < std::min(part * 16 + 16, tokens); ++n) {
-                const float* row = prompt_wide_.data() + n * gated * 2;
-                char* to = operand_.data() + n * gated * operand_bytes;
-                for (std::int64_t block = 0; block < gated / 32; ++block) {
-                    kernels.gate(row + block * 64, row + block * 64 + 32, 32, element, to + block * 32 * operand_bytes);
+                    row[i] = widen(halves[i]);
                 }
             }
         });
-        multiply_many(layer.down, {operand_.data(), operand, tokens, x, hidden, true});
+        multiply(layer.o, x, true);
+        norm_rows(layer.gate_up, layer.post_norm);
+        multiply(layer.gate_up, prompt_wide_.data(), false);
+        write_rows(layer.down, [&](std::int64_t n, float* row) {
+            const float* from = prompt_wide_.data() + n * gated * 2;
+            for (std::int64_t block = 0; block < gated / 32; ++block) {
+                kernels.gate(from + block * 64, from + block * 64 + 32, 32, Element::kFloat32, row + block * 32);
+            }
+        });
+        multiply(layer.down, x, true);
     }
     std::int64_t last = -1;
     for (std::int64_t i = 0; i < count; ++i) {

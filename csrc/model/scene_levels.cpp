@@ -65,8 +65,7 @@ std::vector<std::int64_t> most_salient(const float* rows, std::int64_t count, st
 }  // namespace
 
 void SceneModel::run_head(const Head& head, std::int64_t count, const float* x, float* out) {
-    operand_ = operand_of(head.proj.kind);
-    norm_rows(x, count, head.norm, shape_.vision.eps);
+    norm_rows(head.proj, x, count, head.norm, shape_.vision.eps);
     multiply(head.proj, count, out);
     for (std::int64_t n = 0; n < count; ++n) {
         normalise(out + n * shape_.embed, shape_.embed);
@@ -114,8 +113,7 @@ void SceneModel::align(const std::array<const float*, 3>& taps, const float* sce
 
 void SceneModel::embed_states(const float* states, std::int64_t count, float* out) {
     const std::lock_guard<std::mutex> lock(busy_);
-    operand_ = operand_of(text_proj_.kind);
-    convert_rows(states, count, shape_.text);
+    convert_rows(text_proj_, states, count);
     multiply(text_proj_, count, out);
     for (std::int64_t n = 0; n < count; ++n) {
         normalise(out + n * shape_.embed, shape_.embed);
@@ -125,7 +123,6 @@ void SceneModel::embed_states(const float* states, std::int64_t count, float* ou
 void SceneModel::bridge(const std::array<const float*, 3>& taps, std::int64_t patches, const std::array<Rows, 3>& cues,
                         const Rows& query, float* out) {
     const std::lock_guard<std::mutex> lock(busy_);
-    operand_ = operand_of(patch_embed_.kind);
     const auto size = static_cast<std::size_t>(patches * shape_.vision.hidden);
     std::array<const float*, 3> features = taps;
     std::vector<float> augmented;
@@ -153,20 +150,20 @@ void SceneModel::augment(const Level& level, const float* features, std::int64_t
     }
     context_.resize(static_cast<std::size_t>(keys * width));
     if (cues.count > 0) {
-        convert_rows(cues.values, cues.count, shape_.embed);
+        convert_rows(cue_proj_, cues.values, cues.count);
         multiply(cue_proj_, cues.count, context_.data());
     }
     if (query.count > 0) {
-        convert_rows(query.values, query.count, shape_.language);
+        convert_rows(query_proj_, query.values, query.count);
         multiply(query_proj_, query.count, context_.data() + cues.count * width);
     }
-    convert_rows(context_.data(), keys, width);
+    convert_rows(level.kv, context_.data(), keys);
     wide_.resize(static_cast<std::size_t>((patches + 2 * keys) * width));
     float* kv = wide_.data() + patches * width;
     multiply(level.kv, keys, kv);
-    norm_rows(features, patches, level.norm, kEps);
+    norm_rows(level.q, features, patches, level.norm, kEps);
     multiply(level.q, patches, wide_.data());
-    attend(patches, shape_.augmentation_heads, wide_.data(), width, kv, 2 * width, keys, {0, patches}, {0, keys});
+    attend(level.o, patches, shape_.augmentation_heads, wide_.data(), width, kv, 2 * width, keys, {0, patches}, {0, keys});
     multiply(level.o, patches, out, true, level.gate.data());
 }
 

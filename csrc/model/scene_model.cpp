@@ -9,8 +9,8 @@
 #include "rows.h"
 #include "rsvlm/bfloat16.h"
 #include "rsvlm/cpu.h"
+#include "rsvlm/parallel.h"
 #include "rsvlm/varlen_tile_attention.h"
-#include "threads.h"
 
 namespace rsvlm {
 namespace {
@@ -19,12 +19,13 @@ constexpr std::int64_t kRowsAtOnce = 16;  // of a loop over rows: some microseco
 
 std::int64_t element_bytes(Element element) { return element == Element::kBfloat16 ? 2 : 4; }
 
-// body(row) for all rows, on all threads.
+// body(row, scratch) for all rows, on all threads, each with `floats` floats of its own.
 template <class Body>
-void for_rows(std::int64_t count, const Body& body) {
-    parallel_for((count + kRowsAtOnce - 1) / kRowsAtOnce, num_threads(), [&](std::int64_t part, int) {
+void for_rows(std::int64_t count, std::int64_t floats, const Body& body) {
+    const std::int64_t parts = (count + kRowsAtOnce - 1) / kRowsAtOnce;
+    for_each_part(parts, num_threads(), static_cast<std::size_t>(floats), [&](std::int64_t part, float* scratch) {
         for (std::int64_t row = part * kRowsAtOnce; row < std::min((part + 1) * kRowsAtOnce, count); ++row) {
-            body(row);
+            body(row, scratch);
         }
     });
 }
@@ -104,44 +105,48 @@ SceneModel::SceneModel(const SceneShape& shape, const WeightTable& weights) : sh
     }
 }
 
-// The helpers below hand rows on in rows_: [count, padded width] of the operand, the padding zero.
-
-void SceneModel::convert_rows(const float* x, std::int64_t count, std::int64_t width) {
-    const std::int64_t stride = padded_columns(width), bytes = operand_ == Operand::kBf16 ? 2 : 4;
-    const Element element = operand_ == Operand::kBf16 ? Element::kBfloat16 : Element::kFloat32;
-    rows_.assign(static_cast<std::size_t>(count * stride * bytes), 0);
-    const RowKernels kernels = row_kernels();
-    for_rows(count, [&](std::int64_t n) { kernels.convert(x + n * width, width, element, rows_.data() + n * stride * bytes); });
+// Rows of x for a product with `linear`, which multiply() takes: make(row, buffer of a row's floats) gives the floats.
+template <class Make>
+void SceneModel::write_rows(const Linear& linear, std::int64_t count, const Make& make) {
+    const Operand operand = operand_of(linear);
+    const std::int64_t bytes = operand_row_bytes(operand, linear.columns);
+    rows_.resize(static_cast<std::size_t>(count * bytes));
+    for_rows(count, padded_columns(linear.columns), [&](std::int64_t n, float* row) {
+        make(n, row);
+        write_operand_row(operand, row, linear.columns, rows_.data() + n * bytes);
+    });
 }
 
-void SceneModel::norm_rows(const float* x, std::int64_t count, const Norm& norm, float eps) {
-    const std::int64_t width = shape_.vision.hidden, stride = padded_columns(width), bytes = operand_ == Operand::kBf16 ? 2 : 4;
-    const Element element = operand_ == Operand::kBf16 ? Element::kBfloat16 : Element::kFloat32;
-    rows_.assign(static_cast<std::size_t>(count * stride * bytes), 0);
+void SceneModel::convert_rows(const Linear& linear, const float* x, std::int64_t count) {
+    write_rows(linear, count, [&](std::int64_t n, float* row) {
+        std::memcpy(row, x + n * linear.columns, static_cast<std::size_t>(linear.columns) * sizeof(float));
+    });
+}
+
+void SceneModel::norm_rows(const Linear& linear, const float* x, std::int64_t count, const Norm& norm, float eps) {
     const RowKernels kernels = row_kernels();
-    for_rows(count, [&](std::int64_t n) {
-        kernels.norm({x + n * width, norm.weight, norm.bias, width, eps, rows_.data() + n * stride * bytes, element});
+    const std::int64_t width = linear.columns;
+    write_rows(linear, count, [&](std::int64_t n, float* row) {
+        kernels.norm({x + n * width, norm.weight, norm.bias, width, eps, row, Element::kFloat32});
     });
 }
 
 void SceneModel::multiply(const Linear& linear, std::int64_t count, float* out, bool add, const float* scale) {
-    multiply_many(linear, {rows_.data(), operand_, count, out, linear.rows, add, scale});
+    multiply_many(linear, {rows_.data(), operand_of(linear), count, out, linear.rows, add, scale});
 }
 
-// wide_ [count, width] -> rows_.
-void SceneModel::activate(std::int64_t count, std::int64_t width, Activation activation) {
-    const std::int64_t stride = padded_columns(width), bytes = operand_ == Operand::kBf16 ? 2 : 4;
-    const Element element = operand_ == Operand::kBf16 ? Element::kBfloat16 : Element::kFloat32;
-    rows_.assign(static_cast<std::size_t>(count * stride * bytes), 0);
+// wide_ [count, columns] -> rows_.
+void SceneModel::activate(const Linear& linear, std::int64_t count, Activation activation) {
     const RowKernels kernels = row_kernels();
-    for_rows(count, [&](std::int64_t n) {
-        kernels.activate(wide_.data() + n * width, width, activation, element, rows_.data() + n * stride * bytes);
+    const std::int64_t width = linear.columns;
+    write_rows(linear, count, [&](std::int64_t n, float* row) {
+        kernels.activate(wide_.data() + n * width, width, activation, Element::kFloat32, row);
     });
 }
 
-// q [rows, q_stride], and kv [keys, kv_stride] with keys before values -> rows_, the heads side by side.
-void SceneModel::attend(std::int64_t rows, std::int64_t heads, const float* q, std::int64_t q_stride, const float* kv,
-                        std::int64_t kv_stride, std::int64_t keys, const std::vector<std::int64_t>& bounds,
+// q [rows, q_stride], and kv [keys, kv_stride] with keys before values -> rows_ for `linear`, the heads side by side.
+void SceneModel::attend(const Linear& linear, std::int64_t rows, std::int64_t heads, const float* q, std::int64_t q_stride,
+                        const float* kv, std::int64_t kv_stride, std::int64_t keys, const std::vector<std::int64_t>& bounds,
                         const std::vector<std::int64_t>& key_bounds) {
     const std::int64_t width = shape_.vision.hidden, dim = width / heads, bytes = element_bytes(element_);
     attended_.resize(static_cast<std::size_t>(rows * width * bytes));
@@ -157,26 +162,25 @@ void SceneModel::attend(std::int64_t rows, std::int64_t heads, const float* q, s
         queries_.resize(static_cast<std::size_t>((rows + 2 * keys) * width) * 2);
         auto* narrow = reinterpret_cast<std::uint16_t*>(queries_.data());
         const RowKernels kernels = row_kernels();
-        for_rows(rows, [&](std::int64_t n) { kernels.convert(q + n * q_stride, width, element_, narrow + n * width); });
+        for_rows(rows, 0,
+                 [&](std::int64_t n, float*) { kernels.convert(q + n * q_stride, width, element_, narrow + n * width); });
         std::uint16_t* pairs = narrow + rows * width;
-        for_rows(keys,
-                 [&](std::int64_t n) { kernels.convert(kv + n * kv_stride, 2 * width, element_, pairs + n * 2 * width); });
+        for_rows(keys, 0, [&](std::int64_t n, float*) {
+            kernels.convert(kv + n * kv_stride, 2 * width, element_, pairs + n * 2 * width);
+        });
         call.q = {narrow, width, dim};
         call.k = {pairs, 2 * width, dim};
         call.v = {pairs + width, 2 * width, dim};
     }
     varlen_tile_attention(call, bounds, key_bounds);
-    const std::int64_t stride = padded_columns(width), to_bytes = operand_ == Operand::kBf16 ? 2 : 4;
-    rows_.assign(static_cast<std::size_t>(rows * stride * to_bytes), 0);
-    for_rows(rows, [&](std::int64_t n) {
+    write_rows(linear, rows, [&](std::int64_t n, float* row) {
         const char* from = attended_.data() + n * width * bytes;
-        char* to = rows_.data() + n * stride * to_bytes;
-        if (bytes == to_bytes) {
-            std::memcpy(to, from, static_cast<std::size_t>(width * bytes));
-        } else {  // bf16 attention on a CPU without the bf16 dot product
-            for (std::int64_t i = 0; i < width; ++i) {
-                reinterpret_cast<float*>(to)[i] = widen(reinterpret_cast<const std::uint16_t*>(from)[i]);
-            }
+        if (element_ == Element::kFloat32) {
+            std::memcpy(row, from, static_cast<std::size_t>(width * bytes));
+            return;
+        }
+        for (std::int64_t i = 0; i < width; ++i) {
+            row[i] = widen(reinterpret_cast<const std::uint16_t*>(from)[i]);
         }
     });
 }
@@ -184,7 +188,6 @@ void SceneModel::attend(std::int64_t rows, std::int64_t heads, const float* q, s
 void SceneModel::encode(const float* patches, const float* positions, const std::vector<std::int64_t>& bounds,
                         const std::array<float*, 3>& taps, const std::array<float*, 3>& class_tokens) {
     const std::lock_guard<std::mutex> lock(busy_);
-    operand_ = operand_of(patch_embed_.kind);
     const VisionShape& vision = shape_.vision;
     const std::int64_t width = vision.hidden, tiles = static_cast<std::int64_t>(bounds.size()) - 1, extra = vision.class_token;
     const std::int64_t count = bounds.back(), rows = count + tiles * extra;
@@ -202,7 +205,7 @@ void SceneModel::encode(const float* patches, const float* positions, const std:
     const auto floats = [width](std::int64_t n) { return static_cast<std::size_t>(n * width) * sizeof(float); };
     x_.resize(static_cast<std::size_t>(rows * width));
     wide_.resize(static_cast<std::size_t>(rows * std::max(3 * width, vision.intermediate)));
-    convert_rows(patches, count, vision.patch_values);
+    convert_rows(patch_embed_, patches, count);
     multiply(patch_embed_, count, wide_.data());
     const RowKernels kernels = row_kernels();
     kernels.add(positions, count * width, 1.0f, wide_.data());
@@ -215,7 +218,7 @@ void SceneModel::encode(const float* patches, const float* positions, const std:
         std::memcpy(x + extra * width, wide_.data() + patch * width, floats(length));
     });
     if (pre_norm_.weight != nullptr) {
-        for_rows(rows, [&](std::int64_t n) {
+        for_rows(rows, 0, [&](std::int64_t n, float*) {
             float* x = x_.data() + n * width;
             kernels.norm({x, pre_norm_.weight, pre_norm_.bias, width, vision.eps, x, Element::kFloat32});
         });
@@ -236,20 +239,20 @@ void SceneModel::encode(const float* patches, const float* positions, const std:
             break;
         }
         const Block& block = blocks_[static_cast<std::size_t>(index)];
-        norm_rows(x_.data(), rows, block.norm1, vision.eps);
+        norm_rows(block.qkv, x_.data(), rows, block.norm1, vision.eps);
         multiply(block.qkv, rows, wide_.data());
-        attend(rows, vision.heads, wide_.data(), 3 * width, wide_.data() + width, 3 * width, rows, own_bounds, own_bounds);
+        attend(block.o, rows, vision.heads, wide_.data(), 3 * width, wide_.data() + width, 3 * width, rows, own_bounds,
+               own_bounds);
         multiply(block.o, rows, x_.data(), true, block.scale1);
-        norm_rows(x_.data(), rows, block.norm2, vision.eps);
+        norm_rows(block.fc1, x_.data(), rows, block.norm2, vision.eps);
         multiply(block.fc1, rows, wide_.data());
-        activate(rows, vision.intermediate, vision.activation);
+        activate(block.fc2, rows, vision.activation);
         multiply(block.fc2, rows, x_.data(), true, block.scale2);
     }
 }
 
 void SceneModel::project(const float* features, const std::vector<std::array<std::int64_t, 2>>& grids, float* out) {
     const std::lock_guard<std::mutex> lock(busy_);
-    operand_ = operand_of(fc1_.kind);
     const std::int64_t width = shape_.vision.hidden, side = shape_.pixel_shuffle;
     std::int64_t count = 0;
     for (const auto& grid : grids) {
@@ -258,7 +261,7 @@ void SceneModel::project(const float* features, const std::vector<std::array<std
     const RowKernels kernels = row_kernels();
     if (input_norm_.weight != nullptr) {
         x_.resize(static_cast<std::size_t>(count * width));
-        for_rows(count, [&](std::int64_t n) {
+        for_rows(count, 0, [&](std::int64_t n, float*) {
             kernels.norm({features + n * width, input_norm_.weight, input_norm_.bias, width, 1e-5f, x_.data() + n * width,
                           Element::kFloat32});
         });
@@ -281,9 +284,9 @@ void SceneModel::project(const float* features, const std::vector<std::array<std
     }
     const std::int64_t tokens = count / (side * side);
     wide_.resize(static_cast<std::size_t>(tokens * shape_.projector));
-    convert_rows(features, tokens, width * side * side);
+    convert_rows(fc1_, features, tokens);
     multiply(fc1_, tokens, wide_.data());
-    activate(tokens, shape_.projector, shape_.projector_activation);
+    activate(fc2_, tokens, shape_.projector_activation);
     multiply(fc2_, tokens, out);
 }
 

@@ -13,10 +13,12 @@ namespace rsvlm {
 namespace {
 
 constexpr std::int64_t kPartEntries = 256;
+constexpr std::int64_t kFewShare = 4;  // up to a quarter of the lanes, a product along the width takes fewer instructions
 
 struct Kernels {
     std::int64_t (*lanes)();
     void (*part)(const CuePart&);
+    void (*few)(const CuePart&);
 };
 
 Kernels choose_kernels() {
@@ -24,12 +26,12 @@ Kernels choose_kernels() {
 #if RSVLM_X86_KERNELS
         case Isa::kAvx512Bf16:
         case Isa::kAvx512:
-            return {avx512::cue_lanes, avx512::cue_part};
+            return {avx512::cue_lanes, avx512::cue_part, avx512::cue_part_few};
         case Isa::kAvx2:
-            return {avx2::cue_lanes, avx2::cue_part};
+            return {avx2::cue_lanes, avx2::cue_part, avx2::cue_part_few};
 #endif
         default:
-            return {portable::cue_lanes, portable::cue_part};
+            return {portable::cue_lanes, portable::cue_part, portable::cue_part_few};
     }
 }
 
@@ -75,12 +77,16 @@ std::vector<Cue> cue_search(const CueSearch& call) {
         return {};
     }
     const Kernels kernels = choose_kernels();
-    const std::int64_t lanes = kernels.lanes(), tiles = (call.views + lanes - 1) / lanes;
+    const std::int64_t lanes = kernels.lanes();
+    const bool few = call.views * kFewShare <= lanes;
+    const std::int64_t tiles = few ? 0 : (call.views + lanes - 1) / lanes;
     std::vector<float> views(static_cast<std::size_t>(tiles * call.width * lanes));
     double longest = 0;
+    for (std::int64_t view = 0; view < call.views; ++view) {
+        longest = std::max(longest, length(call.visual + view * call.width, call.width));
+    }
     for (std::int64_t place = 0; place < tiles * lanes; ++place) {
         const float* view = call.visual + (place < call.views ? place : 0) * call.width;
-        longest = std::max(longest, length(view, call.width));
         for (std::int64_t i = 0; i < call.width; ++i) {
             views[static_cast<std::size_t>((place / lanes * call.width + i) * lanes + place % lanes)] = view[i];
         }
@@ -91,9 +97,10 @@ std::vector<Cue> cue_search(const CueSearch& call) {
     const auto scratch_floats = static_cast<std::size_t>(8 * call.width);
     for_each_part(parts, threads_for(products), scratch_floats, [&](std::int64_t part, float* scratch) {
         const std::int64_t first = part * kPartEntries;
-        kernels.part({call.entries + first * call.width, views.data(), call.query, std::min(kPartEntries, call.count - first),
-                      call.width, tiles, static_cast<float>(call.beta), scores.data() + first, squares.data() + first,
-                      scratch});
+        (few ? kernels.few
+             : kernels.part)({call.entries + first * call.width, views.data(), call.query,
+                              std::min(kPartEntries, call.count - first), call.width, tiles, call.visual, call.views,
+                              static_cast<float>(call.beta), scores.data() + first, squares.data() + first, scratch});
     });
     // |float32 score - exact score| is at most (width + a few) roundings of |entry| (|view| + |beta| |query|); the few are the
     // sum, the conversion of beta and the final rounding, whose ties must stay ties.

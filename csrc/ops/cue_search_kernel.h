@@ -1,5 +1,6 @@
 // The float32 pass of cue_search over some entries, for the instruction set of the simd header included before this file;
-// without one, declarations only. Views are lanes, entries are broadcast.
+// without one, declarations only. Views are lanes, entries are broadcast; a few views, which would leave most lanes empty, are
+// multiplied with each entry along the width instead.
 #pragma once
 
 #include <cstdint>
@@ -11,16 +12,19 @@ struct CuePart {
     const float* views;  // [tiles, width, lanes]: transposed, the last tile filled up with copies of the first view
     const float* query;  // [width] or null
     std::int64_t count, width, tiles;
+    const float* rows;  // [few, width]: the views as they are, for cue_part_few
+    std::int64_t few;
     float beta;
     float* scores;   // [count]
     float* squares;  // [count]: of the entries' lengths
     float* scratch;  // 8 * width floats
 };
 
-#define RSVLM_DECLARE_CUE_SEARCH(isa)   \
-    namespace isa {                     \
-    std::int64_t cue_lanes();           \
-    void cue_part(const CuePart& part); \
+#define RSVLM_DECLARE_CUE_SEARCH(isa)       \
+    namespace isa {                         \
+    std::int64_t cue_lanes();               \
+    void cue_part(const CuePart& part);     \
+    void cue_part_few(const CuePart& part); \
     }
 RSVLM_DECLARE_CUE_SEARCH(portable)
 RSVLM_DECLARE_CUE_SEARCH(avx2)
@@ -48,8 +52,13 @@ inline void half_to_float(const std::uint16_t* from, std::int64_t count, float* 
 }
 
 inline float dot(const float* a, const float* b, std::int64_t count) {
-    Vec sum = zero();
+    Vec sum = zero(), odd = zero();
     std::int64_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+        sum = fma(load(a + i), load(b + i), sum);
+        odd = fma(load(a + i + kLanes), load(b + i + kLanes), odd);
+    }
+    sum = add(sum, odd);
     for (; i + kLanes <= count; i += kLanes) {
         sum = fma(load(a + i), load(b + i), sum);
     }
@@ -62,6 +71,20 @@ inline float dot(const float* a, const float* b, std::int64_t count) {
 }  // namespace
 
 std::int64_t cue_lanes() { return kMaxVectors * kLanes; }
+
+void cue_part_few(const CuePart& part) {
+    const std::int64_t width = part.width;
+    for (std::int64_t n = 0; n < part.count; ++n) {
+        half_to_float(part.entries + n * width, width, part.scratch);
+        float score = dot(part.scratch, part.rows, width);
+        for (std::int64_t view = 1; view < part.few; ++view) {
+            const float other = dot(part.scratch, part.rows + view * width, width);
+            score = other > score ? other : score;
+        }
+        part.squares[n] = dot(part.scratch, part.scratch, width);
+        part.scores[n] = part.query == nullptr ? score : score + part.beta * dot(part.scratch, part.query, width);
+    }
+}
 
 void cue_part(const CuePart& part) {
     const std::int64_t width = part.width;

@@ -7,12 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "decode_attention_kernel.h"
+#include "attention_kernels.h"
 #include "rsvlm/bfloat16.h"
-#include "rsvlm/cpu.h"
 #include "rsvlm/parallel.h"
 #include "rsvlm/scratch.h"
-#include "varlen_tile_attention_kernel.h"
 
 namespace rsvlm {
 namespace {
@@ -21,39 +19,6 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr double kParallelProducts = 1 << 18;  // some 10 microseconds: a cache is read at the speed of memory
 constexpr std::int64_t kPrefillTokens = 8;     // from so many new tokens on, blocks of queries beat one query at a time
 constexpr std::int64_t kPrefillPart = 96;      // queries that share one copy of keys and values
-
-struct Kernels {
-    void (*decode)(const DecodePart&);
-    void (*prefill)(const AttentionPart&);
-};
-
-Kernels choose_kernels(Element element) {
-    const bool bf16 = element == Element::kBfloat16;
-    switch (kernel_isa()) {
-#if RSVLM_X86_KERNELS
-        case Isa::kAvx512Bf16:
-            if (bf16) {
-                return {avx512::decode_part_bf16, avx512_bf16::attention_part_bf16};
-            }
-            return {avx512::decode_part_fp32, avx512::attention_part_fp32};
-        case Isa::kAvx512:
-            if (bf16) {
-                return {avx512::decode_part_bf16, avx512::attention_part_bf16};
-            }
-            return {avx512::decode_part_fp32, avx512::attention_part_fp32};
-        case Isa::kAvx2:
-            if (bf16) {
-                return {avx2::decode_part_bf16, avx2::attention_part_bf16};
-            }
-            return {avx2::decode_part_fp32, avx2::attention_part_fp32};
-#endif
-        default:
-            if (bf16) {
-                return {portable::decode_part_bf16, portable::attention_part_bf16};
-            }
-            return {portable::decode_part_fp32, portable::attention_part_fp32};
-    }
-}
 
 const void* at(const BatchRows& rows, Element element, std::int64_t batch, std::int64_t row, std::int64_t head) {
     const std::int64_t size = element == Element::kBfloat16 ? 2 : 4;
@@ -79,13 +44,14 @@ void join_chunks(const float* partials, std::int64_t chunks, std::int64_t chunk_
             sums[i] += partial[2 + i] * factor;
         }
     }
+    const float divisor = total == 0.0f ? 1.0f : total;  // a token that its mask lets see nothing gets zeros
     for (std::int64_t i = 0; i < dim; ++i) {
-        narrow(sums[i] / total, &out[i]);
+        narrow(sums[i] / divisor, &out[i]);
     }
 }
 
 // One query at a time; the cache is split into chunks so that even one token of one row keeps several threads busy.
-void decode(const DecodeAttention& call, const Kernels& kernels, int threads) {
+void decode(const DecodeAttention& call, int threads) {
     struct Part {
         std::int64_t batch, token, head, chunk, keys, place;
     };
@@ -105,15 +71,16 @@ void decode(const DecodeAttention& call, const Kernels& kernels, int threads) {
     const auto count = static_cast<std::int64_t>(parts.size());
     const std::int64_t stride = group * (dim + 2);
     auto* partials = static_cast<float*>(thread_scratch(static_cast<std::size_t>(count * stride) * sizeof(float), 1));
+    const auto kernel = decode_kernel(call.element);
     const auto scratch_floats = static_cast<std::size_t>(decode_scratch_floats(group, dim));
     for_each_part(count, threads, scratch_floats, [&](std::int64_t i, float* scratch) {
         const Part& part = parts[static_cast<std::size_t>(i)];
-        kernels.decode({at(call.q, call.element, part.batch, part.token, part.head * group),
-                        at(call.k, call.element, part.batch, part.chunk, part.head),
-                        at(call.v, call.element, part.batch, part.chunk, part.head),
-                        call.mask == nullptr ? nullptr : call.mask + part.place * call.capacity + part.chunk,
-                        call.q.head_stride, call.k.row_stride, call.v.row_stride, group, part.keys, dim,
-                        kLog2E / std::sqrt(static_cast<float>(dim)), partials + i * stride, scratch});
+        kernel({at(call.q, call.element, part.batch, part.token, part.head * group),
+                at(call.k, call.element, part.batch, part.chunk, part.head),
+                at(call.v, call.element, part.batch, part.chunk, part.head),
+                call.mask == nullptr ? nullptr : call.mask + part.place * call.capacity + part.chunk, call.q.head_stride,
+                call.k.row_stride, call.v.row_stride, group, part.keys, dim, kLog2E / std::sqrt(static_cast<float>(dim)),
+                partials + i * stride, scratch});
     });
     auto* sums = static_cast<float*>(thread_scratch(static_cast<std::size_t>(dim) * sizeof(float)));
     for (std::size_t place = 0; place + 1 < first_part.size(); ++place) {
@@ -131,9 +98,10 @@ void decode(const DecodeAttention& call, const Kernels& kernels, int threads) {
 }
 
 // Many queries: the blocks of varlen_tile_attention with a limit on keys per query.
-void prefill(const DecodeAttention& call, const Kernels& kernels, int threads) {
+void prefill(const DecodeAttention& call, int threads) {
     const std::int64_t pieces = (call.tokens + kPrefillPart - 1) / kPrefillPart, group = call.heads / call.kv_heads;
     const std::int64_t count = call.batch * call.heads * pieces, size = call.element == Element::kBfloat16 ? 2 : 4;
+    const auto kernel = attention_kernel(call.element);
     const auto scratch_floats = static_cast<std::size_t>(attention_scratch_floats(call.capacity, call.head_dim));
     for_each_part(count, threads, scratch_floats, [&](std::int64_t i, float* scratch) {
         // the last pieces see the most keys: they go first
@@ -148,10 +116,10 @@ void prefill(const DecodeAttention& call, const Kernels& kernels, int threads) {
             keys = std::max(keys, seen);
         }
         char* out = static_cast<char*>(call.out) + ((batch * call.tokens + first) * call.heads + head) * call.head_dim * size;
-        kernels.prefill({at(call.q, call.element, batch, first, head), at(call.k, call.element, batch, 0, head / group),
-                         at(call.v, call.element, batch, 0, head / group), out, call.q.row_stride, call.k.row_stride,
-                         call.v.row_stride, call.heads * call.head_dim, queries, keys, call.head_dim,
-                         kLog2E / std::sqrt(static_cast<float>(call.head_dim)), scratch, limits});
+        kernel({at(call.q, call.element, batch, first, head), at(call.k, call.element, batch, 0, head / group),
+                at(call.v, call.element, batch, 0, head / group), out, call.q.row_stride, call.k.row_stride, call.v.row_stride,
+                call.heads * call.head_dim, queries, keys, call.head_dim, kLog2E / std::sqrt(static_cast<float>(call.head_dim)),
+                scratch, limits});
     });
 }
 
@@ -173,11 +141,10 @@ void decode_attention(const DecodeAttention& call) {
         keys += static_cast<double>(call.mask == nullptr ? call.positions[i] + 1 : call.capacity);
     }
     const int threads = threads_for(keys * static_cast<double>(call.heads * call.head_dim), kParallelProducts);
-    const Kernels kernels = choose_kernels(call.element);
     if (call.mask == nullptr && call.tokens >= kPrefillTokens) {
-        prefill(call, kernels, threads);
+        prefill(call, threads);
     } else {
-        decode(call, kernels, threads);
+        decode(call, threads);
     }
 }
 

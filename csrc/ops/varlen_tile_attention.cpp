@@ -5,9 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "rsvlm/cpu.h"
+#include "attention_kernels.h"
 #include "rsvlm/parallel.h"
-#include "varlen_tile_attention_kernel.h"
 
 namespace rsvlm {
 namespace {
@@ -23,24 +22,6 @@ void check_bounds(const char* name, const std::vector<std::int64_t>& bounds) {
     if (bounds.empty() || bounds.front() != 0 || !std::is_sorted(bounds.begin(), bounds.end())) {
         throw std::invalid_argument(std::string(name) +
                                     " must be prefix sums that rise from 0; pass the tiles' lengths summed");
-    }
-}
-
-using Kernel = void (*)(const AttentionPart&);
-
-Kernel choose_kernel(Element element) {
-    const bool bf16 = element == Element::kBfloat16;
-    switch (kernel_isa()) {
-#if RSVLM_X86_KERNELS
-        case Isa::kAvx512Bf16:
-            return bf16 ? avx512_bf16::attention_part_bf16 : avx512::attention_part_fp32;
-        case Isa::kAvx512:
-            return bf16 ? avx512::attention_part_bf16 : avx512::attention_part_fp32;
-        case Isa::kAvx2:
-            return bf16 ? avx2::attention_part_bf16 : avx2::attention_part_fp32;
-#endif
-        default:
-            return bf16 ? portable::attention_part_bf16 : portable::attention_part_fp32;
     }
 }
 
@@ -100,7 +81,7 @@ void varlen_tile_attention(const TileAttention& call, const std::vector<std::int
     const int threads = threads_for(products);
     const std::vector<Part> parts =
         plan_parts(call.heads, bounds, key_bounds, pairs * static_cast<double>(call.heads), threads);
-    const Kernel kernel = choose_kernel(call.element);
+    const auto kernel = attention_kernel(call.element);
     const std::int64_t size = call.element == Element::kBfloat16 ? 2 : 4, out_stride = call.heads * call.head_dim;
     const auto at = [size](const HeadRows& rows, std::int64_t row, std::int64_t head) -> const void* {
         return static_cast<const char*>(rows.data) + (row * rows.row_stride + head * rows.head_stride) * size;

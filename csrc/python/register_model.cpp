@@ -3,12 +3,12 @@
 
 #include <algorithm>
 #include <array>
-#include <map>
 
 #include "bindings.h"
 #include "pointers.h"
 #include "rsvlm/decoder.h"
 #include "rsvlm/scene_model.h"
+#include "rsvlm/settings.h"
 
 namespace py = pybind11;
 
@@ -17,35 +17,10 @@ namespace {
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-using Settings = std::map<std::string, double>;
-
-double setting(const Settings& settings, const std::string& name) {
-    const auto found = settings.find(name);
-    if (found == settings.end()) {
-        throw std::invalid_argument("settings must hold " + name + ", got none; export the package again");
-    }
-    return found->second;
-}
-
-LinearKind linear_kind(const std::string& kind) {
-    if (kind == "fp32") {
-        return LinearKind::kFloat32;
-    }
-    if (kind == "bf16") {
-        return LinearKind::kBf16;
-    }
-    if (kind == "int8") {
-        return LinearKind::kInt8;
-    }
-    if (kind == "int4") {
-        return LinearKind::kInt4;
-    }
-    throw std::invalid_argument("kind must be 'fp32', 'bf16', 'int8' or 'int4', got '" + kind + "'; export the package again");
-}
-
 // name -> (kind, rows, columns, bytes) for a laid-out weight, ("", count, 0, bytes) for a float32 vector and ("raw", count, 0,
-// bytes) for values of two bytes; the bytes stay the caller's.
-WeightTable weight_table(const py::dict& weights) {
+// bytes) for values of two bytes; the bytes stay the caller's. Int8 and int4 weights whose name begins with one of
+// `int8_inputs` round their inputs to int8.
+WeightTable weight_table(const py::dict& weights, const std::vector<std::string>& int8_inputs) {
     WeightTable table;
     for (const auto& item : weights) {
         const auto name = item.first.cast<std::string>();
@@ -61,7 +36,8 @@ WeightTable weight_table(const py::dict& weights) {
             expected = rows * 2;
             table.add_raw(name, bytes.ptr, rows);
         } else {
-            const Linear linear{linear_kind(kind), rows, columns, static_cast<const char*>(bytes.ptr), nullptr};
+            Linear linear{linear_kind(kind), rows, columns, static_cast<const char*>(bytes.ptr)};
+            linear.int8_inputs = rounds_inputs(linear.kind, name, int8_inputs);
             expected = linear_layout_bytes(linear);
             table.add_linear(name, linear);
         }
@@ -75,8 +51,11 @@ WeightTable weight_table(const py::dict& weights) {
 
 class PyDecoder {
   public:
-    PyDecoder(const py::dict& weights, const Settings& settings, const Array<float>& frequencies, const std::string& cache)
-        : weights_(weights), decoder_(shape(settings, frequencies, cache), weight_table(weights)) {}
+    PyDecoder(const py::dict& weights, const Settings& settings, const Array<float>& frequencies, const std::string& cache,
+              const std::vector<std::string>& int8_inputs)
+        : weights_(weights),
+          decoder_(decoder_shape(settings, {frequencies.data(), frequencies.data() + frequencies.size()}, element(cache)),
+                   weight_table(weights, int8_inputs)) {}
 
     std::unique_ptr<KvCache> cache(std::int64_t rows, std::int64_t capacity) const {
         return std::make_unique<KvCache>(decoder_.shape(), rows, capacity);
@@ -145,20 +124,6 @@ class PyDecoder {
     }
 
   private:
-    static DecoderShape shape(const Settings& settings, const Array<float>& frequencies, const std::string& cache) {
-        const auto whole = [&](const char* name) { return static_cast<std::int64_t>(setting(settings, name)); };
-        return {whole("vocab_size"),
-                whole("hidden_size"),
-                whole("intermediate_size"),
-                whole("num_layers"),
-                whole("num_heads"),
-                whole("num_kv_heads"),
-                whole("head_dim"),
-                static_cast<float>(setting(settings, "rms_norm_eps")),
-                element(cache),
-                std::vector<float>(frequencies.data(), frequencies.data() + frequencies.size())};
-    }
-
     static void check_lengths(py::ssize_t rows, py::ssize_t positions, py::ssize_t others) {
         if (rows != positions || rows != others) {
             throw std::invalid_argument("rows, positions and tokens must have one length, got " + std::to_string(rows) + ", " +
@@ -180,14 +145,10 @@ class PyDecoder {
     Decoder decoder_;
 };
 
-Activation activation(double code) {
-    return code == 0 ? Activation::kGelu : code == 1 ? Activation::kGeluTanh : Activation::kQuickGelu;
-}
-
 class PySceneModel {
   public:
-    PySceneModel(const py::dict& weights, const Settings& settings)
-        : weights_(weights), model_(shape(settings), weight_table(weights)) {}
+    PySceneModel(const py::dict& weights, const Settings& settings, const std::vector<std::string>& int8_inputs)
+        : weights_(weights), model_(scene_shape(settings), weight_table(weights, int8_inputs)) {}
 
     // Three taps [S, hidden], then three class tokens [T or 0, hidden].
     std::vector<py::array_t<float>> encode(const Array<float>& patches, const Array<float>& positions,
@@ -284,32 +245,6 @@ class PySceneModel {
     }
 
   private:
-    static SceneShape shape(const Settings& settings) {
-        const auto whole = [&](const char* name) { return static_cast<std::int64_t>(setting(settings, name)); };
-        SceneShape shape;
-        shape.vision = {whole("vision_hidden"),
-                        whole("vision_intermediate"),
-                        whole("vision_heads"),
-                        whole("patch_values"),
-                        {whole("tap_object"), whole("tap_region"), whole("tap_scene")},
-                        activation(setting(settings, "vision_activation")),
-                        static_cast<float>(setting(settings, "vision_eps")),
-                        whole("class_token") != 0};
-        shape.embed = whole("embed");
-        shape.text = whole("text");
-        shape.salient_patches = whole("salient_patches");
-        shape.class_pooling = whole("class_pooling") != 0;
-        shape.augmentation_heads = whole("augmentation_heads");
-        shape.language = whole("language");
-        shape.experts = whole("experts");
-        shape.expert_hidden = whole("expert_hidden");
-        shape.top_k = whole("top_k");
-        shape.projector = whole("projector");
-        shape.pixel_shuffle = whole("pixel_shuffle");
-        shape.projector_activation = activation(setting(settings, "projector_activation"));
-        return shape;
-    }
-
     static void check_size(const char* name, std::int64_t found, std::int64_t expected) {
         if (found != expected) {
             throw std::invalid_argument(std::string(name) + " must hold " + std::to_string(expected) + " values, got " +
@@ -339,8 +274,10 @@ void register_model(py::module_& module) {
              py::arg("length"), py::call_guard<py::gil_scoped_release>(),
              "The first `length` places of a row of another cache.");
     py::class_<PyDecoder>(module, "NativeDecoder", "The language model of a package, over weights that the caller has mapped.")
-        .def(py::init<const py::dict&, const Settings&, const Array<float>&, const std::string&>(), py::kw_only(),
-             py::arg("weights"), py::arg("settings"), py::arg("frequencies"), py::arg("cache"))
+        .def(py::init<const py::dict&, const Settings&, const Array<float>&, const std::string&,
+                      const std::vector<std::string>&>(),
+             py::kw_only(), py::arg("weights"), py::arg("settings"), py::arg("frequencies"), py::arg("cache"),
+             py::arg("int8_inputs") = std::vector<std::string>())
         .def("cache", &PyDecoder::cache, py::kw_only(), py::arg("rows"), py::arg("capacity"))
         .def("embed", &PyDecoder::embed, py::kw_only(), py::arg("token_ids"), "ids [n] -> float32 [n, hidden].")
         .def("prefill", &PyDecoder::prefill, py::kw_only(), py::arg("cache"), py::arg("rows"), py::arg("positions"),
@@ -352,7 +289,8 @@ void register_model(py::module_& module) {
         .def("decode_best", &PyDecoder::decode_best, py::kw_only(), py::arg("cache"), py::arg("rows"), py::arg("positions"),
              py::arg("token_ids"), "The same -> the most likely ids [n], ties to the lowest, and their logits [n].");
     py::class_<PySceneModel>(module, "NativeSceneModel", "Everything between patches and the language model.")
-        .def(py::init<const py::dict&, const Settings&>(), py::kw_only(), py::arg("weights"), py::arg("settings"))
+        .def(py::init<const py::dict&, const Settings&, const std::vector<std::string>&>(), py::kw_only(), py::arg("weights"),
+             py::arg("settings"), py::arg("int8_inputs") = std::vector<std::string>())
         .def("encode", &PySceneModel::encode, py::kw_only(), py::arg("patches"), py::arg("positions"), py::arg("bounds"),
              "patches [S, 3 p p] and positions [S, Dv] -> three taps [S, Dv], three class tokens [T or 0, Dv].")
         .def("align", &PySceneModel::align, py::kw_only(), py::arg("taps"), py::arg("scene_class_token"), py::arg("bounds"),

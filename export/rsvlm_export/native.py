@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from .rounding import round_blocks
 PRECISIONS = KIND_PRECISIONS["native"]
 # what int4 hurts most: of 24 captions of the default model 15 stay those of fp32 with the `down` matrices in int8, 11 without
 _INT8_IN_INT4 = ("embed_tokens", "lm_head", "down")
+# beginnings of the names of matrices that int8 and int4 packages multiply in integers: there inputs are rounded to int8, per row and
+# 32 columns. Of the vision encoder's, int8 matrices are worth having only that way
+INT8_INPUTS = ("language_model.", "vision_encoder.blocks.")
 GROUP = 32  # rows of a block, and columns that share a scale
 Array = npt.NDArray[Any]
 State = dict[str, torch.Tensor]
@@ -50,6 +53,7 @@ def export_native(
     *,
     overwrite: bool = False,
     plan: LanguagePlan | None = None,
+    int8_inputs: Sequence[str] = INT8_INPUTS,
 ) -> Path:
     """Writes a checkpoint as a native package, at once or not at all.
 
@@ -57,9 +61,12 @@ def export_native(
         checkpoint: any supported checkpoint folder, or a loaded one; low-rank pairs of a delta are merged.
         folder: must not exist, unless `overwrite`.
         precision: of the language model's matrices: "fp32", "bf16", "int8" or "int4" (one float16 scale per 32 columns). All other
-            matrices are float32 in an fp32 package and bf16 otherwise.
+            matrices are float32 in an fp32 package and bf16 otherwise, but for those of `int8_inputs`.
         plan: what calibration found for int4. Without one every weight takes its nearest code, and the word table and the `down`
             matrices are int8.
+        int8_inputs: of int8 and int4 packages: matrices whose names begin with one of these are multiplied in integers, their inputs
+            rounded to int8. Matrices outside of the language model are int8 then. The manifest keeps the list, and a part that is
+            taken from it there is multiplied in floats.
 
     Returns:
         The folder.
@@ -80,9 +87,10 @@ def export_native(
         )
 
     def fill(new: Path) -> dict[str, Any]:
-        weights = lay_out(loaded.config, loaded.model.state_dict(), precision, plan)
+        inputs = tuple(int8_inputs) if precision in ("int8", "int4") else ()
+        weights = lay_out(loaded.config, loaded.model.state_dict(), precision, plan, inputs)
         write_weights(new / NATIVE_WEIGHTS, weights)
-        return {} if plan is None else dict(plan.notes)
+        return {"int8_inputs": list(inputs), **({} if plan is None else plan.notes)}
 
     return write_folder(loaded, folder, "native", precision, fill, overwrite=overwrite)
 
@@ -97,15 +105,15 @@ class _Sorted:
 
 
 def lay_out(
-    config: RsvlmConfig, state: State, precision: str, plan: LanguagePlan | None = None
+    config: RsvlmConfig, state: State, precision: str, plan: LanguagePlan | None = None, int8_inputs: Sequence[str] = ()
 ) -> dict[str, tuple[str, int, int, Array]]:
-    """A model's weights by the names and in the layouts of `models.native_package`."""
+    """A model's weights by the names and in the layouts of `models.native_package`; see `export_native`."""
     parts = _sort(config, {name: value.detach().float() for name, value in state.items()})
     fitted = {} if plan is None else _fuse(config, plan.packed)
     wide = precision == "fp32"
     laid: dict[str, tuple[str, int, int, Array]] = {}
     for name, weight in parts.linears.items():
-        kind = _kind(name, weight, precision, plan)
+        kind = _kind(name, weight, precision, plan, int8_inputs)
         laid[name] = (kind, weight.shape[0], weight.shape[1], _laid_out(weight, kind, fitted.get(name)))
     for name, value in parts.vectors.items():
         laid[name] = ("", value.numel(), 0, _numpy(value))
@@ -115,12 +123,13 @@ def lay_out(
     return laid
 
 
-def _kind(name: str, weight: torch.Tensor, precision: str, plan: LanguagePlan | None) -> str:
+def _kind(name: str, weight: torch.Tensor, precision: str, plan: LanguagePlan | None, int8_inputs: Sequence[str]) -> str:
     if precision == "fp32" or name.endswith(".router"):
         return "fp32"
     if not name.startswith("language_model."):
-        return "bf16"
-    kind = precision if plan is None else plan.kinds.get(name, "bf16")
+        kind = "int8" if name.startswith(tuple(int8_inputs)) else "bf16"
+    else:
+        kind = precision if plan is None else plan.kinds.get(name, "bf16")
     if plan is None and kind == "int4" and name.rpartition(".")[2] in _INT8_IN_INT4:
         kind = "int8"
     return "bf16" if kind in ("int8", "int4") and weight.shape[1] % GROUP else kind

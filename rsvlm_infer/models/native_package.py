@@ -50,6 +50,11 @@ class NativePackage(Package):
             Package(folder, manifest, config).verify()
         return cls(folder, manifest, config, map_weights(folder / NATIVE_WEIGHTS))
 
+    @property
+    def int8_inputs(self) -> list[str]:
+        """Beginnings of the names of matrices whose int8 or int4 codes meet inputs rounded to int8, per row and 32 columns."""
+        return list(self.manifest.get("int8_inputs", []))
+
     def values(self, name: str) -> npt.NDArray[np.float32] | None:
         """A float32 vector of the package, None when it has none of this name."""
         kind, _, _, content = self.weights.get(name, ("absent", 0, 0, None))

@@ -151,6 +151,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     needed = {CONFIG, NATIVE_WEIGHTS} if kind == "native" else {CONFIG}
     if not isinstance(files, dict) or not needed <= set(files):
         raise problem(folder, f"manifest files must be an object that names {sorted(needed)}, got {_named(files)}", AGAIN)
+    inputs = values.get("int8_inputs", [])
+    if not isinstance(inputs, list) or not all(isinstance(name, str) and name for name in inputs):
+        raise problem(folder, f"manifest int8_inputs must be a list of beginnings of names, got {inputs!r}", AGAIN)
     return values
 
 

@@ -15,6 +15,7 @@ from ..errors import InputError
 Kind = Literal["bf16", "int8", "int4"]
 GROUP = 32  # columns that share a scale: 0.5 bit per weight with float16 scales
 _LARGEST_CODE = {"int8": 127, "int4": 7}
+_SMALLEST_SCALE = 1.2e-38  # of inputs: below lie float32's denormal numbers, whose reciprocals overflow
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +140,32 @@ def check_weight_matmul(x: Tensor, packed: PackedWeight) -> None:
         raise InputError(
             f"x must be [..., {packed.shape[1]}] for this weight, got {list(x.shape)}; check the layer that made it"
         )
+
+
+def round_inputs(x: Tensor) -> Tensor:
+    """x as integer products see it: each group of 32 columns rounded to 127 steps on each side of zero, ties to even.
+
+    The native backend multiplies these codes with those of int8 and int4 weights; this is its definition.
+
+    Args:
+        x: [..., In] float, In a multiple of 32.
+
+    Returns:
+        [..., In] float32, code · scale. A group that holds NaN or infinity is NaN; one whose scale is no normal number is zero.
+
+    Raises:
+        InputError: an In that is no multiple of 32.
+    """
+    if x.ndim < 1 or x.shape[-1] % GROUP:
+        raise InputError(f"x must be [..., In] with In a multiple of {GROUP}, got {list(x.shape)}; use a weight without codes")
+    groups = x.float().reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
+    largest = groups.abs().amax(dim=-1, keepdim=True)
+    most = torch.full_like(largest, 127)
+    scale = largest / most
+    # not 127 / largest, which torch takes as 127 times a rounded reciprocal: a value near a half would get another code
+    factor = torch.where(scale > _SMALLEST_SCALE, most / largest, 0)
+    rounded = (groups * factor).round() * scale
+    return torch.where(largest.isfinite(), rounded, torch.nan).flatten(-2)
 
 
 def weight_matmul(x: Tensor, packed: PackedWeight) -> Tensor:

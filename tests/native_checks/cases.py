@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,82 +27,11 @@ from rsvlm_infer.ops.rope import rope
 from rsvlm_infer.ops.route import route
 from rsvlm_infer.ops.varlen_tile_attention import varlen_tile_attention
 from rsvlm_infer.ops.weight_matmul import PackedWeight, dequantise, pack_weight, weight_matmul
-from tests.parity import AWKWARD_LENGTHS, allowed_error, to_float64
+from tests.native_checks.case import EPSILONS, Case, kind_of
+from tests.native_checks.model_cases import MODEL_RECORDERS
+from tests.parity import AWKWARD_LENGTHS, to_float64
 
-EPSILONS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
 BROKEN = (float("nan"), float("inf"))
-
-
-class Case:
-    """One case, written part by part; csrc/checks/case_file.h reads it."""
-
-    def __init__(self, op: str, label: str, refusal: str = "") -> None:
-        self.refused = bool(refusal)
-        self._parts = [f"case {op} {label}\n".encode()]
-        self._expected: list[tuple[str, str, NDArray[np.float64], float]] = []
-        if refusal:
-            self._parts.append(f"refusal {refusal}\n".encode())
-
-    def number(self, **numbers: float) -> Case:
-        self._parts += [f"number {name} {value:.17g}\n".encode() for name, value in numbers.items()]
-        return self
-
-    def word(self, **words: str) -> Case:
-        self._parts += [f"word {name} {value}\n".encode() for name, value in words.items()]
-        return self
-
-    def array(self, **arrays: Any) -> Case:
-        """Tensors and arrays, made contiguous; None is left out."""
-        for name, value in arrays.items():
-            if value is not None:
-                kind, flat = _typed(value)
-                self._parts += [f"array {name} {kind} {flat.size}\n".encode(), flat.tobytes()]
-        return self
-
-    def view(self, name: str, tensor: Tensor, *strides: str) -> Case:
-        """The memory from a view's first element to its last, gaps included, and its strides."""
-        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        self.array(**{name: tensor.as_strided((span,), (1,))})
-        return self.number(**{f"{name}.{stride}": tensor.stride(place) for place, stride in enumerate(strides)})
-
-    def expect(self, name: str, kind: str, values: Any, allowed: float = 0.0) -> Case:
-        self._expected.append((name, kind, to_float64(values).ravel(), allowed))
-        return self
-
-    def parity(self, name: str, eager: Tensor, reference: Any) -> Case:
-        """Expects `reference` by the two-times rule of tests/parity.py; where it is not finite, the same NaN or infinity."""
-        expected, ours = to_float64(reference), to_float64(eager)
-        finite = np.isfinite(expected)
-        allowed = allowed_error(ours[finite], expected[finite], epsilon=EPSILONS[eager.dtype])
-        return self.expect(name, _kind(eager.dtype), expected, allowed)
-
-    def can_be_wrong(self) -> bool:
-        """There is a number that another number could be compared with."""
-        return not self.refused and bool(np.isfinite(self._expected[0][2][-1:]).any())
-
-    def write(self, file: BinaryIO, wrong: bool = False) -> None:
-        """`wrong`: the last number expected of the first output is off by twice what is allowed."""
-        file.write(b"".join(self._parts))
-        for place, (name, kind, values, allowed) in enumerate(self._expected):
-            if wrong and place == 0:
-                values = values.copy()
-                values[-1] += 2 * allowed or 1
-            file.write(f"expect {name} {kind} {values.size} {allowed:.17g}\n".encode() + values.tobytes())
-        file.write(b"end\n")
-
-
-def _kind(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _typed(value: Any) -> tuple[str, NDArray[Any]]:
-    if isinstance(value, Tensor):
-        value = value.detach().contiguous()
-        if value.dtype is torch.bfloat16:
-            return "bfloat16", value.view(torch.int16).numpy().ravel()
-        value = value.numpy()
-    flat = np.ascontiguousarray(value).ravel()
-    return flat.dtype.name, flat
 
 
 def _random(seed: int, *shape: int) -> Tensor:
@@ -119,7 +47,7 @@ def _rms_norm() -> Iterator[Case]:
         x, weight = (_random(0, 41, width) * 3).to(dtype), _random(1, width).to(dtype)
         x64 = x.double()
         expected = weight.double() * x64 / (x64.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
-        case = Case("rms_norm", f"{_kind(dtype)}/{width}").number(rows=41, width=width, eps=1e-5).array(x=x, weight=weight)
+        case = Case("rms_norm", f"{kind_of(dtype)}/{width}").number(rows=41, width=width, eps=1e-5).array(x=x, weight=weight)
         yield case.parity("out", rms_norm(x, weight, 1e-5), expected)
 
 
@@ -128,7 +56,7 @@ def _rope() -> Iterator[Case]:
         x, positions = _random(0, 65, 2 * heads, head_dim).to(dtype)[:, heads:], torch.arange(65) * 7
         half = head_dim // 2
         angles = positions[:, None].float() * (1.0 / 1e4 ** (torch.arange(half, dtype=torch.float32) * 2 / head_dim))
-        case = Case("rope", f"{_kind(dtype)}/{head_dim}x{heads}").view("x", x, "token_stride")
+        case = Case("rope", f"{kind_of(dtype)}/{head_dim}x{heads}").view("x", x, "token_stride")
         case.number(token_stride=x.stride(0), tokens=65, heads=heads, head_dim=head_dim)
         case.array(cosines=angles.cos(), sines=angles.sin())
         yield case.parity("out", rope(x, positions, 1e4), rope(x.double(), positions, 1e4))
@@ -166,12 +94,12 @@ def _route() -> Iterator[Case]:
 def _grouped_experts() -> Iterator[Case]:
     def case(label: str, x: Tensor, routed: tuple[Tensor, ...], weights: dict[str, Tensor], refusal: str = "") -> Case:
         offsets, order, factors = routed
-        made = Case("grouped_experts", f"{_kind(x.dtype)}/{label}", refusal).array(x=x, weights=factors, **weights)
+        made = Case("grouped_experts", f"{kind_of(x.dtype)}/{label}", refusal).array(x=x, weights=factors, **weights)
         made.array(expert_offsets=offsets.int(), permutation=order.int())
         experts, width, hidden = weights["w_down"].shape
         made.number(tokens=x.shape[0], width=width, hidden=hidden, experts=experts, k=factors.shape[1])
         if refusal:
-            return made.expect("out", _kind(x.dtype), torch.zeros(x.shape))
+            return made.expect("out", kind_of(x.dtype), torch.zeros(x.shape))
         none = {"w_gate": None, "w_up": None}
         eager = grouped_experts(x, *routed, **{**none, **weights})
         exact = grouped_experts(x.double(), *routed, **{**none, **{name: part.double() for name, part in weights.items()}})
@@ -226,7 +154,7 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], key_b
 def _varlen_tile_attention() -> Iterator[Case]:
     def case(label: str, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], keys: list[int] | None = None) -> Case:
         bounds, key_bounds, scale = _bounds(lengths), _bounds(keys or lengths), q.shape[-1] ** -0.5
-        made = Case("varlen_tile_attention", f"{_kind(q.dtype)}/{label}")
+        made = Case("varlen_tile_attention", f"{kind_of(q.dtype)}/{label}")
         for name, part in (("q", q), ("k", k), ("v", v)):
             made.view(name, part, "row_stride", "head_stride")
         made.number(heads=q.shape[1], head_dim=q.shape[2], scale=scale).array(bounds=bounds, key_bounds=key_bounds)
@@ -254,13 +182,13 @@ def _decode_attention() -> Iterator[Case]:
     def case(
         label: str, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None = None, refusal: str = ""
     ) -> Case:
-        made = Case("decode_attention", f"{_kind(q.dtype)}/{label}", refusal).array(positions=positions, mask=mask)
+        made = Case("decode_attention", f"{kind_of(q.dtype)}/{label}", refusal).array(positions=positions, mask=mask)
         for name, part in (("q", q), ("k", k), ("v", v)):
             made.view(name, part, "batch_stride", "row_stride", "head_stride")
         batch, tokens, heads, head_dim = q.shape
         made.number(batch=batch, tokens=tokens, heads=heads, kv_heads=k.shape[2], capacity=k.shape[1], head_dim=head_dim)
         if refusal:
-            return made.expect("out", _kind(q.dtype), torch.zeros(q.shape))
+            return made.expect("out", kind_of(q.dtype), torch.zeros(q.shape))
         exact = decode_attention(q.double(), k.double(), v.double(), positions, mask)
         return made.parity("out", decode_attention(q, k, v, positions, mask), exact)
 
@@ -274,6 +202,7 @@ def _decode_attention() -> Iterator[Case]:
         q, k, v = (_random(i, 9, n, h, 19).to(dtype) for i, (n, h) in enumerate(((5, 12), (70, 3), (70, 3))))
         mask = torch.rand((9, 5, 70), generator=torch.Generator().manual_seed(0)) < 0.3
         mask[..., 0] = True
+        mask[4, 2] = False  # sees nothing
         yield case("mask", q, k, v, torch.zeros((9, 5), dtype=torch.int64), mask)
     q, k = torch.zeros(1, 1, 4, 8), torch.zeros(1, 5, 2, 8)
     for place in (5, -1):
@@ -284,11 +213,11 @@ def _decode_attention() -> Iterator[Case]:
 def _weight_matmul() -> Iterator[Case]:
     def case(label: str, x: Tensor, packed: PackedWeight, expected: Tensor | None = None) -> Case:
         wide = packed.scales is not None and packed.scales.dtype is torch.float32
-        made = Case("weight_matmul", f"{_kind(x.dtype)}/{packed.kind}/{label}").word(kind=packed.kind)
+        made = Case("weight_matmul", f"{kind_of(x.dtype)}/{packed.kind}/{label}").word(kind=packed.kind)
         made.number(rows=packed.shape[0], columns=packed.shape[1], wide_scales=wide, tokens=x.shape[0])
         made.array(codes=packed.codes, scales=packed.scales, x=x)
         if expected is not None:
-            return made.expect("out", _kind(x.dtype), expected)
+            return made.expect("out", kind_of(x.dtype), expected)
         eager = weight_matmul(x, packed)
         # eager's own rows decide what is not finite: a product in float64 has no other
         exact = torch.where(eager.isfinite(), weight_matmul(x.double(), packed), eager.double())
@@ -390,7 +319,7 @@ def record(path: Path) -> int:
     assert native == set(RECORDERS), f"ops with a native twin and no cases here, or the reverse: {native ^ set(RECORDERS)}"
     count = 0
     with path.open("wb") as file, torch.inference_mode():
-        for recorder in RECORDERS.values():
+        for recorder in (RECORDERS | MODEL_RECORDERS).values():
             for case in recorder():
                 case.write(file)
                 count += 1
@@ -400,9 +329,9 @@ def record(path: Path) -> int:
 def record_wrong(path: Path) -> set[str]:
     """Writes one case per op whose expectation is wrong, to see that the judge says so; gives the ops."""
     with path.open("wb") as file, torch.inference_mode():
-        for recorder in RECORDERS.values():
+        for recorder in (RECORDERS | MODEL_RECORDERS).values():
             next(case for case in recorder() if case.can_be_wrong()).write(file, wrong=True)
-    return set(RECORDERS)
+    return set(RECORDERS | MODEL_RECORDERS)
 
 
 def record_overrun(path: Path) -> None:

@@ -64,6 +64,20 @@ def test_an_explicit_mask_takes_the_place_of_causality() -> None:
     np.testing.assert_allclose(actual.numpy(), _written_out(q, k, v, mask.numpy()), atol=2e-6)
 
 
+@per_instruction_set
+@pytest.mark.parametrize("dtype", EPSILONS)
+def test_a_token_that_may_see_nothing_gets_zeros(isa: str, dtype: torch.dtype) -> None:
+    q, k, v = (_random(i, 2, n, h, 16).to(dtype) for i, (n, h) in enumerate(((3, 4), (600, 2), (600, 2))))
+    mask = torch.zeros((2, 3, 600), dtype=torch.bool)
+    mask[0, 1, 599] = True  # in the last chunk of the cache; all other tokens see nothing
+    expected = decode_attention(q, k, v, torch.zeros((2, 3), dtype=torch.long), mask)
+    with limited_to(isa):
+        actual = native(q, k, v, torch.zeros((2, 3), dtype=torch.long), mask)
+    assert torch.equal(actual == 0, expected == 0)
+    assert (actual != 0).any(dim=(2, 3)).tolist() == [[False, True, False], [False, False, False]]
+    torch.testing.assert_close(actual[0, 1].view(2, 2, 16)[:, 0], v[0, 599])
+
+
 def _twice_as_wrong(
     isa: str,
     dtype: torch.dtype,

@@ -12,7 +12,15 @@ from rsvlm_infer.errors import InputError
 from rsvlm_infer.kernels.native.weight_matmul import lay_out_weights
 from rsvlm_infer.kernels.native.weight_matmul import weight_matmul as native
 from rsvlm_infer.ops.registry import resolve
-from rsvlm_infer.ops.weight_matmul import PackedWeight, dequantise, join_weights, pack_weight, weight_matmul, without_codes
+from rsvlm_infer.ops.weight_matmul import (
+    PackedWeight,
+    dequantise,
+    join_weights,
+    pack_weight,
+    round_inputs,
+    weight_matmul,
+    without_codes,
+)
 from tests.native import limited_to, needs_native, per_instruction_set, threads
 from tests.parity import AWKWARD_LENGTHS, assert_parity, assert_same_bits
 
@@ -54,6 +62,22 @@ def test_equals_dequantised_product_in_float64(kind: str) -> None:
     expected = np.einsum("bni,oi->bno", x.double().numpy(), dequantise(packed).double().numpy())
     np.testing.assert_allclose(weight_matmul(x, packed).numpy(), expected, atol=1e-5)
     assert weight_matmul(x.bfloat16(), packed).dtype is torch.bfloat16
+
+
+def test_rounded_inputs_by_hand() -> None:
+    x = torch.zeros((3, 64))
+    x[0, :4] = torch.tensor([127.0, -126.6, 0.5, 1.5])  # halves go to the even code
+    x[0, 32:35] = torch.tensor([-2.54, 0.013, 0.001])
+    x[1, 5], x[1, 40], x[2, 0] = 1e-40, 3.0, torch.inf
+    rounded = round_inputs(x)
+    assert rounded[0, :5].tolist() == [127.0, -127.0, 0.0, 2.0, 0.0]
+    torch.testing.assert_close(rounded[0, 32:35], torch.tensor([-2.54, 0.02, 0.0]))
+    assert (rounded[1, :32] == 0).all()
+    assert rounded[1, 40] == 3.0
+    assert rounded[2, :32].isnan().all()
+    assert (rounded[2, 32:] == 0).all()
+    with pytest.raises(InputError, match="In a multiple of 32"):
+        round_inputs(torch.zeros(3, 40))
 
 
 def test_what_cannot_be_packed() -> None:

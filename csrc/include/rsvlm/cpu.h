@@ -24,7 +24,8 @@
 
 namespace rsvlm {
 
-// The instruction sets that kernels are written for; each one includes those before it.
+// The instruction sets that kernels are written for; each one includes those before it. kAvx512Bf16 has the dot products of
+// bf16 and of bytes (VNNI), and permutations of bytes (VBMI).
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The best that this machine and this build have, or less when limit_isa() asked for less.

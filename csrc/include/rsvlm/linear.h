@@ -15,6 +15,7 @@ struct Linear {
     std::int64_t rows = 0, columns = 0;
     const char* layout = nullptr;
     const float* bias = nullptr;  // [rows] or null
+    bool int8_inputs = false;     // of an int8 or int4 weight: rows of x are rounded to int8, a scale per 32 columns
 };
 
 // Columns as the kernels read them: a multiple of 32, zeros behind the last one.
@@ -36,13 +37,17 @@ void multiply_few(const Linear& linear, const float* x, std::int64_t tokens, std
                   float* scratch);
 std::int64_t few_scratch_floats(std::int64_t columns, std::int64_t tokens);
 
-// How rows of x are kept for multiply_many: bf16 where the CPU has its dot product and the weight is no float32.
-enum class Operand { kFloat32, kBf16 };
-Operand operand_of(LinearKind kind);
+// How rows of x are kept for multiply_many: rounded to int8 where the linear says so (in an order of columns that int8 and int4
+// weights have each for itself), else bf16 where the CPU has its dot product and the weight is no float32.
+enum class Operand { kFloat32, kBf16, kInt8, kInt8ForInt4 };
+Operand operand_of(const Linear& linear);
+std::int64_t operand_row_bytes(Operand operand, std::int64_t columns);
+// One row x [columns] -> its operand_row_bytes, padding included. A value that is no number spoils its group of 32 columns.
+void write_operand_row(Operand operand, const float* x, std::int64_t columns, void* to);
 
 // What happens to the products: out = xW + b, or out += scale * (xW + b).
 struct ManyRows {
-    const void* x;  // [tokens, padded_columns] of the operand
+    const void* x;  // [tokens] rows of the operand
     Operand operand;
     std::int64_t tokens;
     float* out;  // [tokens, out_stride]

@@ -1,8 +1,12 @@
-// How a kernel's parts are dealt out to threads. Knows no op.
+// How parts of a call are dealt out to threads, and how threads meet inside of one. Knows no op.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace rsvlm {
 
@@ -22,6 +26,39 @@ void for_each_part(std::int64_t count, int threads, std::size_t scratch_floats, 
     run_parts(
         count, threads, scratch_floats,
         [](const void* self, std::int64_t part, float* scratch) { (*static_cast<const Body*>(self))(part, scratch); }, &body);
+}
+
+// body(thread, threads) once on every thread, which may meet at barrier(). There may come fewer threads than asked for, and the
+// body must not throw: the others would wait for ever.
+template <class Body>
+void parallel_region(int threads, const Body& body) {
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        body(omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    (void)threads;
+    body(0, 1);
+}
+
+// All threads of the region come here before one leaves.
+inline void barrier(int threads) {
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp barrier
+    }
+#endif
+    (void)threads;
+}
+
+// The share of thread `thread` of `count` things: begin and end.
+struct Share {
+    std::int64_t first, stop;
+};
+inline Share share_of(std::int64_t count, int thread, int threads) {
+    return {count * thread / threads, count * (thread + 1) / threads};
 }
 
 }  // namespace rsvlm

@@ -97,13 +97,15 @@ class SceneModel {
     };
 
     Norm norm(const WeightTable& weights, const std::string& name) const;
-    void norm_rows(const float* x, std::int64_t count, const Norm& norm, float eps);
-    void convert_rows(const float* x, std::int64_t count, std::int64_t width);
+    template <class Make>
+    void write_rows(const Linear& linear, std::int64_t count, const Make& make);
+    void norm_rows(const Linear& linear, const float* x, std::int64_t count, const Norm& norm, float eps);
+    void convert_rows(const Linear& linear, const float* x, std::int64_t count);
     void multiply(const Linear& linear, std::int64_t count, float* out, bool add = false, const float* scale = nullptr);
-    void attend(std::int64_t rows, std::int64_t heads, const float* q, std::int64_t q_stride, const float* kv,
-                std::int64_t kv_stride, std::int64_t keys, const std::vector<std::int64_t>& bounds,
+    void attend(const Linear& linear, std::int64_t rows, std::int64_t heads, const float* q, std::int64_t q_stride,
+                const float* kv, std::int64_t kv_stride, std::int64_t keys, const std::vector<std::int64_t>& bounds,
                 const std::vector<std::int64_t>& key_bounds);
-    void activate(std::int64_t count, std::int64_t width, Activation activation);
+    void activate(const Linear& linear, std::int64_t count, Activation activation);
     void run_head(const Head& head, std::int64_t count, const float* x, float* out);
     void augment(const Level& level, const float* features, std::int64_t patches, const Rows& cues, const Rows& query,
                  float* out);
@@ -123,8 +125,7 @@ class SceneModel {
     Linear fc1_, fc2_;
 
     std::mutex busy_;
-    Operand operand_ = Operand::kFloat32;  // of the call that runs
-    Element element_;                      // of attention and experts
+    Element element_;  // of attention and experts
     std::vector<float> x_, wide_, context_, augmented_;
     std::vector<char> rows_, queries_, attended_;
 };

@@ -80,6 +80,59 @@ inline Vec code_at(Words words, int j) {
     return _mm256_sub_ps(_mm256_castsi256_ps(bits), set1(static_cast<float>((1 << (23 - 4 * j)) + 8)));
 }
 
+// Eight 32-bit integers, mostly quads: four neighbouring columns of a row, a byte each.
+using Ints = __m256i;
+inline Ints load_ints(const float* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+inline void store_ints(float* to, Ints value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value); }
+inline Ints set1_int(std::int32_t value) { return _mm256_set1_epi32(value); }
+inline Vec to_float(Ints value) { return _mm256_cvtepi32_ps(value); }
+inline Ints low_halves(Words words) { return _mm256_and_si256(words, _mm256_set1_epi32(0x0f0f0f0f)); }
+inline Ints high_halves(Words words) { return low_halves(_mm256_srli_epi32(words, 4)); }
+// The largest magnitude of 32 values, at least infinity or NaN when one is no finite number: their bits rise with them.
+inline float largest_of_group(const float* x) {
+    __m256i largest = _mm256_setzero_si256();
+    for (int i = 0; i < 32; i += kLanes) {
+        largest = _mm256_max_epi32(largest, _mm256_and_si256(load_ints(x + i), _mm256_set1_epi32(0x7fffffff)));
+    }
+    const __m128i half = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    const __m128i quarter = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    const std::int32_t bits = _mm_cvtsi128_si32(_mm_max_epi32(quarter, _mm_shuffle_epi32(quarter, 0xb1)));
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+// Rounded values -128..127, a byte each.
+inline void store_codes(std::int8_t* to, Vec rounded) {
+    const __m256i whole = _mm256_cvtps_epi32(rounded);
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(halves, halves));
+}
+// Even columns of each octet of 32 codes before odd ones.
+inline void split_octets(std::int8_t* codes) {
+    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+    auto* place = reinterpret_cast<__m256i*>(codes);
+    _mm256_storeu_si256(place, _mm256_shuffle_epi8(_mm256_loadu_si256(place), order));
+}
+// Rows `lane`..`lane` + 7 of four columns of 32 codes, each code plus 128.
+inline Ints quads_of_columns(const char* columns, std::int64_t lane) {
+    const auto column = [&](int i) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(columns + lane + i * 32)); };
+    const __m128i ab = _mm_unpacklo_epi8(column(0), column(1)), cd = _mm_unpacklo_epi8(column(2), column(3));
+    const __m256i quads = _mm256_set_m128i(_mm_unpackhi_epi16(ab, cd), _mm_unpacklo_epi16(ab, cd));
+    return _mm256_xor_si256(quads, _mm256_set1_epi8(-128));
+}
+struct Quad {
+    __m256i even, odd;  // bytes 0 and 2, 1 and 3, as 16 bits
+};
+inline Quad broadcast_quad(std::int32_t quad) {
+    const __m256i bytes = _mm256_set1_epi32(quad);
+    return {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)};
+}
+// sum += unsigned bytes of `quads` times signed bytes of `x`, four products a lane, exact: the instruction for bytes saturates.
+inline Ints dot_quads(Ints sum, Ints quads, Quad x) {
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(quads, _mm256_set1_epi16(255)), x.even);
+    return _mm256_add_epi32(sum, _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(quads, 8), x.odd)));
+}
+
 inline void transpose(Vec (&rows)[kLanes]) {
     Vec pairs[kLanes];
     for (int i = 0; i < 8; i += 4) {  // two by two, then four by four inside 128-bit lanes

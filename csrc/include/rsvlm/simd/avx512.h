@@ -1,12 +1,12 @@
-// Sixteen float lanes with AVX-512 F, BW, DQ, VL; RSVLM_DOT_BF16 adds the bf16 dot product. What avx2.h says about files that
-// include it holds here too.
+// Sixteen float lanes with AVX-512 F, BW, DQ, VL; RSVLM_DOT_BF16 adds the dot products of bf16 and of bytes, and permutations
+// of bytes, which the same CPUs have. What avx2.h says about files that include it holds here too.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #ifdef RSVLM_DOT_BF16
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi")
 #define RSVLM_ISA avx512_bf16
 #else
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
@@ -77,6 +77,73 @@ inline Vec code_at(Words words, int j) {
     const Vec table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), table);
 }
+
+// Sixteen 32-bit integers, mostly quads: four neighbouring columns of a row, a byte each.
+using Ints = __m512i;
+inline Ints load_ints(const float* from) { return _mm512_loadu_si512(from); }
+inline void store_ints(float* to, Ints value) { _mm512_storeu_si512(to, value); }
+inline Ints set1_int(std::int32_t value) { return _mm512_set1_epi32(value); }
+inline Vec to_float(Ints value) { return _mm512_cvtepi32_ps(value); }
+inline Ints low_halves(Words words) { return _mm512_and_si512(words, _mm512_set1_epi32(0x0f0f0f0f)); }
+inline Ints high_halves(Words words) { return low_halves(_mm512_srli_epi32(words, 4)); }
+// The largest magnitude of 32 values, at least infinity or NaN when one is no finite number: their bits rise with them.
+inline float largest_of_group(const float* x) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    const __m512i low = _mm512_and_si512(load_ints(x), magnitude), high = _mm512_and_si512(load_ints(x + 16), magnitude);
+    const std::int32_t bits = _mm512_reduce_max_epi32(_mm512_max_epi32(low, high));
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+// Rounded values -128..127, a byte each.
+inline void store_codes(std::int8_t* to, Vec rounded) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(rounded)));
+}
+// Even columns of each octet of 32 codes before odd ones.
+inline void split_octets(std::int8_t* codes) {
+    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+    auto* place = reinterpret_cast<__m256i*>(codes);
+    _mm256_storeu_si256(place, _mm256_shuffle_epi8(_mm256_loadu_si256(place), order));
+}
+#ifdef RSVLM_DOT_BF16
+// Rows `lane`..`lane` + 15 of four columns of 32 codes, each code plus 128.
+inline Ints quads_of_columns(const char* columns, std::int64_t lane) {
+    const __m512i places =
+        _mm512_setr_epi32(0x60402000, 0x61412101, 0x62422202, 0x63432303, 0x64442404, 0x65452505, 0x66462606, 0x67472707,
+                          0x68482808, 0x69492909, 0x6a4a2a0a, 0x6b4b2b0b, 0x6c4c2c0c, 0x6d4d2d0d, 0x6e4e2e0e, 0x6f4f2f0f);
+    const __m512i index = _mm512_add_epi8(places, _mm512_set1_epi8(static_cast<char>(lane)));
+    const __m512i quads = _mm512_permutex2var_epi8(_mm512_loadu_si512(columns), index, _mm512_loadu_si512(columns + 64));
+    return _mm512_xor_si512(quads, _mm512_set1_epi8(-128));
+}
+using Quad = __m512i;
+inline Quad broadcast_quad(std::int32_t quad) { return _mm512_set1_epi32(quad); }
+// sum += unsigned bytes of `quads` times signed bytes of `x`, four products a lane, exact.
+inline Ints dot_quads(Ints sum, Ints quads, Quad x) { return _mm512_dpbusd_epi32(sum, quads, x); }
+#else
+inline Ints quads_of_columns(const char* columns, std::int64_t lane) {
+    const auto column = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns + lane + i * 32)); };
+    const __m128i a = column(0), b = column(1), c = column(2), d = column(3);
+    const __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d);
+    const __m128i ab_high = _mm_unpackhi_epi8(a, b), cd_high = _mm_unpackhi_epi8(c, d);
+    __m512i quads = _mm512_castsi128_si512(_mm_unpacklo_epi16(ab, cd));
+    quads = _mm512_inserti32x4(quads, _mm_unpackhi_epi16(ab, cd), 1);
+    quads = _mm512_inserti32x4(quads, _mm_unpacklo_epi16(ab_high, cd_high), 2);
+    quads = _mm512_inserti32x4(quads, _mm_unpackhi_epi16(ab_high, cd_high), 3);
+    return _mm512_xor_si512(quads, _mm512_set1_epi8(-128));
+}
+struct Quad {
+    __m512i even, odd;  // bytes 0 and 2, 1 and 3, as 16 bits
+};
+inline Quad broadcast_quad(std::int32_t quad) {
+    const __m512i bytes = _mm512_set1_epi32(quad);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8), _mm512_srai_epi16(bytes, 8)};
+}
+// sum += unsigned bytes of `quads` times signed bytes of `x`, four products a lane, exact: the instruction for bytes saturates.
+inline Ints dot_quads(Ints sum, Ints quads, Quad x) {
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(quads, _mm512_set1_epi16(255)), x.even);
+    return _mm512_add_epi32(sum, _mm512_add_epi32(even, _mm512_madd_epi16(_mm512_srli_epi16(quads, 8), x.odd)));
+}
+#endif
 
 inline void transpose(Vec (&rows)[kLanes]) {
     Vec quads[kLanes];

@@ -93,6 +93,77 @@ inline Vec code_at(Words words, int j) {
     return reinterpret_cast<Vec>(bits) - set1(static_cast<float>((1 << (23 - 4 * j)) + 8));
 }
 
+// Four 32-bit integers, mostly quads: four neighbouring columns of a row, a byte each.
+using Ints = VecInt;
+inline Ints load_ints(const float* from) {
+    Ints value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+}
+inline void store_ints(float* to, Ints value) { std::memcpy(to, &value, sizeof(value)); }
+inline Ints set1_int(std::int32_t value) { return Ints{value, value, value, value}; }
+inline Vec to_float(Ints value) { return __builtin_convertvector(value, Vec); }
+inline Ints low_halves(Words words) { return words & 0x0f0f0f0f; }
+inline Ints high_halves(Words words) { return (words >> 4) & 0x0f0f0f0f; }
+// The largest magnitude of 32 values, at least infinity or NaN when one is no finite number: their bits rise with them.
+inline float largest_of_group(const float* x) {
+    std::int32_t largest = 0;
+    for (int i = 0; i < 32; ++i) {
+        std::int32_t bits;
+        std::memcpy(&bits, x + i, sizeof(bits));
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    float value;
+    std::memcpy(&value, &largest, sizeof(value));
+    return value;
+}
+// Rounded values -128..127, a byte each.
+inline void store_codes(std::int8_t* to, Vec rounded) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+        to[lane] = static_cast<std::int8_t>(rounded[lane]);
+    }
+}
+// Even columns of each octet of 32 codes before odd ones.
+inline void split_octets(std::int8_t* codes) {
+    for (int octet = 0; octet < 32; octet += 8) {
+        std::int8_t copy[8];
+        std::memcpy(copy, codes + octet, sizeof(copy));
+        for (int i = 0; i < 8; ++i) {
+            codes[octet + i] = copy[i < 4 ? 2 * i : 2 * i - 7];
+        }
+    }
+}
+// Rows `lane`..`lane` + 3 of four columns of 32 codes, each code plus 128.
+inline Ints quads_of_columns(const char* columns, std::int64_t lane) {
+    Ints quads;
+    for (int i = 0; i < kLanes; ++i) {
+        std::uint32_t bytes = 0;
+        for (int column = 3; column >= 0; --column) {
+            bytes = bytes << 8 | static_cast<std::uint8_t>(columns[lane + i + column * 32] ^ -128);
+        }
+        quads[i] = static_cast<std::int32_t>(bytes);
+    }
+    return quads;
+}
+struct Quad {
+    std::int32_t values[4];
+};
+inline Quad broadcast_quad(std::int32_t quad) {
+    Quad x;
+    for (int i = 0; i < 4; ++i) {
+        x.values[i] = static_cast<std::int8_t>(static_cast<std::uint32_t>(quad) >> (8 * i));
+    }
+    return x;
+}
+// sum += unsigned bytes of `quads` times signed bytes of `x`, four products a lane, exact.
+inline Ints dot_quads(Ints sum, Ints quads, Quad x) {
+    for (int i = 0; i < 4; ++i) {
+        sum += ((quads >> (8 * i)) & 255) * x.values[i];
+    }
+    return sum;
+}
+
 inline void transpose(Vec (&rows)[kLanes]) {
     const Vec a = rows[0], b = rows[1], c = rows[2], d = rows[3];
     for (int i = 0; i < kLanes; ++i) {

@@ -1,0 +1,7 @@
+#include "rsvlm/cpu.h"
+
+#if RSVLM_X86_KERNELS
+#include "rsvlm/simd/avx512.h"
+
+#include "codes_kernel.h"
+#endif

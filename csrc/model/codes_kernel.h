@@ -1,0 +1,268 @@
+// Blocks of 32 rows of an int8 or int4 weight times rows of x that are rounded to int8, for the instruction set of the simd
+// header included before this file; without one, layouts and declarations only.
+//
+// A group of 32 columns is summed in integers, which is exact, then total += sum * (scale of the weight * scale of x) in order
+// of groups: the same for one row and for many, and every instruction set rounds x to the same codes.
+#pragma once
+
+#include <cstdint>
+
+#include "rsvlm/linear.h"
+#include "tile.h"
+
+namespace rsvlm {
+
+// A row of x lies in groups of 32 columns. `start` = -offset * sum of the codes, because a weight's codes are read as unsigned,
+// 8 (int4) or 128 (int8) above what they stand for. For int4 the columns of each octet lie as its words have them: even ones
+// first.
+struct RowGroup {
+    std::int8_t codes[kPanelGroup];
+    float scale;
+    std::int32_t start;
+};
+
+struct FewCodesPart {
+    LinearKind kind;
+    const char* layout;                                            // first block of the part
+    const RowGroup* rows;                                          // [tokens, groups]
+    std::int64_t tokens, groups, first_row, stop_row, out_stride;  // first_row a multiple of 32
+    float* out;                                                    // [tokens, out_stride]
+};
+
+#define RSVLM_DECLARE_CODES(isa)                                                        \
+    namespace isa {                                                                     \
+    void round_row(LinearKind kind, const float* x, std::int64_t groups, RowGroup* to); \
+    void unpack_codes(const PanelPart& part);                                           \
+    void multiply_codes(const TilePart& part);                                          \
+    void multiply_few_codes(const FewCodesPart& part);                                  \
+    }
+RSVLM_DECLARE_CODES(portable)
+RSVLM_DECLARE_CODES(avx2)
+RSVLM_DECLARE_CODES(avx512)
+RSVLM_DECLARE_CODES(avx512_bf16)
+#undef RSVLM_DECLARE_CODES
+
+}  // namespace rsvlm
+
+#ifdef RSVLM_ISA
+namespace rsvlm::RSVLM_ISA {
+namespace {
+
+constexpr int kQuads = kPanelGroup / 4;
+constexpr int kStripe = 2 * kLanes;                               // rows of the weight that go together
+constexpr int kGroupVectors = 2 * (kQuads + 1);                   // of a stripe in a panel: quads, then scales
+constexpr int kCodeRows = kLanes == 4 ? 2 : kLanes == 8 ? 3 : 6;  // rows of x in registers
+constexpr std::int64_t kAhead = 8192;                             // bytes: the hardware's prefetcher stops at the end of a page
+
+inline std::int64_t group_bytes(LinearKind kind) { return kPanelRows * (kind == LinearKind::kInt8 ? 34 : 18); }
+
+// One group of a stripe: the quads of its two vectors, then their scales.
+inline __attribute__((always_inline)) void read_group(LinearKind kind, const char* group, std::int64_t lane,
+                                                      Ints (&quads)[kQuads][2], Vec (&scales)[2]) {
+    const char* codes = group + kPanelRows * 2;
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+        const std::int64_t first = lane + v * kLanes;
+        scales[v] = load_half(reinterpret_cast<const std::uint16_t*>(group) + first);
+        if (kind == LinearKind::kInt4) {
+#pragma GCC unroll 4
+            for (int octet = 0; octet < kQuads / 2; ++octet) {
+                const Words words = load_words(codes + (octet * kPanelRows + first) * 4);
+                quads[octet * 2][v] = low_halves(words);
+                quads[octet * 2 + 1][v] = high_halves(words);
+            }
+        } else {
+#pragma GCC unroll 8
+            for (int quad = 0; quad < kQuads; ++quad) {
+                quads[quad][v] = quads_of_columns(codes + quad * 4 * kPanelRows, first);
+            }
+        }
+    }
+}
+
+// totals[r][v] += this group's products of row r, which lies at rows + r * stride; `quads(quad, v)` and `scales(v)` give
+// vectors.
+template <int Rows, class Quads, class Scales>
+inline __attribute__((always_inline)) void add_group(const RowGroup* const (&rows)[Rows], const Quads& quads,
+                                                     const Scales& scales, Vec (&totals)[Rows][2]) {
+    Ints sums[Rows][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < Rows; ++r) {
+        sums[r][0] = sums[r][1] = set1_int(rows[r]->start);
+    }
+#pragma GCC unroll 8
+    for (int quad = 0; quad < kQuads; ++quad) {
+        const Ints low = quads(quad, 0), high = quads(quad, 1);
+#pragma GCC unroll 6
+        for (int r = 0; r < Rows; ++r) {
+            std::int32_t bytes;
+            std::memcpy(&bytes, rows[r]->codes + quad * 4, sizeof(bytes));
+            const Quad x = broadcast_quad(bytes);
+            sums[r][0] = dot_quads(sums[r][0], low, x);
+            sums[r][1] = dot_quads(sums[r][1], high, x);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < Rows; ++r) {
+        const Vec scale = set1(rows[r]->scale);
+        totals[r][0] = fma(to_float(sums[r][0]), mul(scales(0), scale), totals[r][0]);
+        totals[r][1] = fma(to_float(sums[r][1]), mul(scales(1), scale), totals[r][1]);
+    }
+}
+
+template <int Rows>
+inline void point_at(const RowGroup* first, std::int64_t groups, const RowGroup* (&rows)[Rows], Vec (&totals)[Rows][2]) {
+#pragma GCC unroll 6
+    for (int r = 0; r < Rows; ++r) {
+        rows[r] = first + r * groups;
+        totals[r][0] = totals[r][1] = zero();
+    }
+}
+
+template <int Rows>
+inline void run_code_tile(const TilePart& part, std::int64_t token) {
+    const auto* x = static_cast<const RowGroup*>(part.x) + token * part.count;
+    const float* panel = part.panel;
+    for (std::int64_t lane = 0; lane < kPanelRows; lane += kStripe) {
+        const RowGroup* rows[Rows];
+        Vec totals[Rows][2];
+        point_at<Rows>(x, part.count, rows, totals);
+        for (std::int64_t group = 0; group < part.count; ++group, panel += kGroupVectors * kLanes) {
+            add_group<Rows>(
+                rows, [&](int quad, int v) { return load_ints(panel + (quad * 2 + v) * kLanes); },
+                [&](int v) { return load(panel + (kQuads * 2 + v) * kLanes); }, totals);
+#pragma GCC unroll 6
+            for (int r = 0; r < Rows; ++r) {
+                ++rows[r];
+            }
+        }
+        for (int r = 0; r < Rows; ++r) {
+            float* out = part.out + (token + r) * part.out_stride;
+            finish(part, lane, totals[r][0], out);
+            finish(part, lane + kLanes, totals[r][1], out);
+        }
+    }
+}
+
+// `Rows` rows of x times one block, whose codes go from the layout into registers.
+template <LinearKind Kind, int Rows>
+void run_few(const FewCodesPart& part, const char* block, const RowGroup* x, std::int64_t present, float* out) {
+    for (std::int64_t lane = 0; lane < present; lane += kStripe) {
+        const RowGroup* rows[Rows];
+        Vec totals[Rows][2];
+        point_at<Rows>(x, part.groups, rows, totals);
+        const char* group = block;
+        for (std::int64_t g = 0; g < part.groups; ++g, group += group_bytes(Kind)) {
+            for (std::int64_t line = 0; lane == 0 && line < group_bytes(Kind); line += 64) {
+                __builtin_prefetch(group + kAhead + line);
+            }
+            Ints quads[kQuads][2];
+            Vec scales[2];
+            read_group(Kind, group, lane, quads, scales);
+            add_group<Rows>(rows, [&](int quad, int v) { return quads[quad][v]; }, [&](int v) { return scales[v]; }, totals);
+#pragma GCC unroll 6
+            for (int r = 0; r < Rows; ++r) {
+                ++rows[r];
+            }
+        }
+        for (int r = 0; r < Rows; ++r) {
+            for (int v = 0; v < 2 && lane + v * kLanes < present; ++v) {
+                const std::int64_t left = present - lane - v * kLanes;
+                store_first(out + r * part.out_stride + lane + v * kLanes, totals[r][v], left < kLanes ? left : kLanes);
+            }
+        }
+    }
+}
+
+template <LinearKind Kind>
+void run_few_blocks(const FewCodesPart& part) {
+    constexpr int kRowsAtOnce = kLanes == 16 ? 4 : 2;  // beside the quads
+    const char* block = part.layout;
+    for (std::int64_t row = part.first_row; row < part.stop_row; row += kPanelRows, block += part.groups * group_bytes(Kind)) {
+        const std::int64_t present = part.stop_row - row < kPanelRows ? part.stop_row - row : kPanelRows;
+        for (std::int64_t token = 0; token < part.tokens;) {
+            const std::int64_t left = part.tokens - token;
+            const RowGroup* x = part.rows + token * part.groups;
+            float* out = part.out + token * part.out_stride + row;
+            if (left >= kRowsAtOnce) {
+                run_few<Kind, kRowsAtOnce>(part, block, x, present, out);
+                token += kRowsAtOnce;
+            } else if (left >= 2) {
+                run_few<Kind, 2>(part, block, x, present, out);
+                token += 2;
+            } else {
+                run_few<Kind, 1>(part, block, x, present, out);
+                ++token;
+            }
+        }
+    }
+}
+
+}  // namespace
+
+// 127 levels on each side of zero by the largest value of a group. A group with NaN or infinity has the scale NaN, which its
+// products become.
+void round_row(LinearKind kind, const float* x, std::int64_t groups, RowGroup* to) {
+    for (std::int64_t group = 0; group < groups; ++group, x += kPanelGroup, ++to) {
+        const float most = largest_of_group(x);
+        const bool finite = most < __builtin_inff();
+        to->scale = finite ? most / 127.0f : __builtin_nanf("");
+        // a scale below float's normal numbers has no reciprocal: so small a group counts as zero
+        const float factor = finite && to->scale > 1.2e-38f ? 127.0f / most : 0.0f;
+        Vec sum = zero();
+        for (int i = 0; i < kPanelGroup; i += kLanes) {
+            const Vec rounded = finite ? round(mul(load(x + i), set1(factor))) : zero();
+            sum = add(sum, rounded);
+            store_codes(to->codes + i, rounded);
+        }
+        to->start = static_cast<std::int32_t>(sum_lanes(sum)) * (kind == LinearKind::kInt4 ? -8 : -128);
+        if (kind == LinearKind::kInt4) {
+            split_octets(to->codes);
+        }
+    }
+}
+
+void unpack_codes(const PanelPart& part) {
+    float* panel = part.panel;
+    for (std::int64_t lane = 0; lane < kPanelRows; lane += kStripe) {
+        const char* group = part.block;
+        for (std::int64_t g = 0; g < part.groups; ++g, group += group_bytes(part.kind), panel += kGroupVectors * kLanes) {
+            fetch(part.ahead + (group - part.block), lane == 0 ? group_bytes(part.kind) : 0);
+            Ints quads[kQuads][2];
+            Vec scales[2];
+            read_group(part.kind, group, lane, quads, scales);
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) {
+#pragma GCC unroll 8
+                for (int quad = 0; quad < kQuads; ++quad) {
+                    store_ints(panel + (quad * 2 + v) * kLanes, quads[quad][v]);
+                }
+                store(panel + (kQuads * 2 + v) * kLanes, scales[v]);
+            }
+        }
+    }
+}
+
+void multiply_codes(const TilePart& part) {
+    std::int64_t token = 0;
+    for (; token + kCodeRows <= part.tokens; token += kCodeRows) {
+        run_code_tile<kCodeRows>(part, token);
+    }
+    for (; token + 2 <= part.tokens; token += 2) {
+        run_code_tile<2>(part, token);
+    }
+    for (; token < part.tokens; ++token) {
+        run_code_tile<1>(part, token);
+    }
+}
+
+void multiply_few_codes(const FewCodesPart& part) {
+    if (part.kind == LinearKind::kInt4) {
+        run_few_blocks<LinearKind::kInt4>(part);
+    } else {
+        run_few_blocks<LinearKind::kInt8>(part);
+    }
+}
+
+}  // namespace rsvlm::RSVLM_ISA
+#endif

@@ -1,0 +1,3 @@
+#include "rsvlm/simd/portable.h"
+
+#include "codes_kernel.h"
