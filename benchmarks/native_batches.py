@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("image", type=Path, help="captioned by the process whose memory is measured")
     parser.add_argument("--checkpoint", type=Path, default=default_checkpoint())
     parser.add_argument("--packages", type=Path, help="folder of packages by precision; missing ones are made there")
-    parser.add_argument("--precisions", nargs="+", choices=KIND_PRECISIONS["native"], default=list(PRECISIONS))
+    parser.add_argument("--precisions", nargs="+", choices=KIND_PRECISIONS["native"], default=list(KIND_PRECISIONS["native"]))
     parser.add_argument("--without-eager", action="store_true", help="the packages alone: eager takes most of a run's time")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16, help="of each number of tokens in a round")
