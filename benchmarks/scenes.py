@@ -36,7 +36,7 @@ WAYS = ("plan", "windows", "describe", "whole")
 TOKENS = 256
 
 
-def generate(path: Path, side: int, layout: str, overviews: bool, seed: int = 0) -> None:
+def generate(path: Path, side: int, layout: str, overviews: bool, compress: str = "none", seed: int = 0) -> None:
     """Writes the scene row of blocks by row of blocks: fields and texture, and a slanted collar of nodata on the left."""
     import rasterio
     from rasterio.enums import Resampling
@@ -49,7 +49,7 @@ def generate(path: Path, side: int, layout: str, overviews: bool, seed: int = 0)
     fields = rng.integers(300, 3000, (BANDS, cells, cells)).astype(np.float64)
     calm = np.repeat(np.repeat(rng.random((-(-cells // 8),) * 2) < CALM_SHARE, 8, axis=0), 8, axis=1)[:cells, :cells]
     ground = np.where(calm, 1200 + 0.1 * (fields - 1650), fields).astype(np.uint16)  # something for the planner to choose from
-    profile = {"driver": "GTiff", "count": BANDS, "dtype": "uint16", "nodata": NODATA, "compress": "none", "BIGTIFF": "YES"}
+    profile = {"driver": "GTiff", "count": BANDS, "dtype": "uint16", "nodata": NODATA, "compress": compress, "BIGTIFF": "YES"}
     place = {"crs": "EPSG:32632", "transform": Affine(0.5, 0, 500_000, 0, -0.5, 5_300_000)}
     partial = path.with_suffix(".part.tif")
     with rasterio.open(partial, "w", width=side, height=side, **profile, **place, **LAYOUTS[layout]) as dataset:
@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the scenes are written and kept, about 3.2 GB each at 20,000 pixels")
     parser.add_argument("--side", type=int, default=20_000)
     parser.add_argument("--layouts", nargs="+", choices=sorted(LAYOUTS), default=sorted(LAYOUTS))
+    parser.add_argument("--compress", choices=("none", "deflate", "zstd"), default="none")
     parser.add_argument("--overviews", action="store_true", help="also the same files with overviews")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["plan", "windows", "describe"])
     parser.add_argument("--repeats", type=int, default=3)
@@ -229,9 +230,10 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for layout in arguments.layouts:
         for overviews in (False, True) if arguments.overviews else (False,):
-            path = arguments.folder / f"{layout}-{arguments.side}{'-overviews' if overviews else ''}.tif"
+            kind = ("" if arguments.compress == "none" else f"-{arguments.compress}") + ("-overviews" if overviews else "")
+            path = arguments.folder / f"{layout}-{arguments.side}{kind}.tif"
             if not path.exists():
-                generate(path, arguments.side, layout, overviews)
+                generate(path, arguments.side, layout, overviews, arguments.compress)
             for row in compare(path, arguments.ways, arguments.repeats, arguments.checkpoint):
                 about = {"file": path.stem, "file_mib": path.stat().st_size / 2**20}
                 print(json.dumps(about | row))
