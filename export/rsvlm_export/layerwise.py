@@ -32,8 +32,6 @@ NAMES = {ATTENTION: "attention.qkv", OUTPUT: "attention.o", GATED: "mlp.gate_up"
 EMBEDDINGS, HEAD = "language_model.embed_tokens", "language_model.lm_head"
 HELD_OUT = 4  # every fourth image's texts fit nothing and measure everything
 TEXTS_AT_ONCE = 8  # a backward pass keeps 2 MB a token of the default model
-# Of an embedded text only its last token's state is used, one row of thirty: it must not drown among rows that are only read
-LAST_ROW_WEIGHT = 16.0
 Step = tuple[str, ...]
 
 
@@ -51,14 +49,11 @@ class CalibrationText:
 
 @dataclass
 class _Batch:
-    """Texts that walk together.
-
-    exact, rounded [B, N, D]; `weight` [B, N] of each row in the sums, 0 on padding; `asked` [B, N] True where a token is chosen.
-    """
+    """Texts that walk together. exact, rounded [B, N, D]; `real` [B, N] is False on padding, `asked` True where a token is chosen."""
 
     exact: Tensor
     rounded: Tensor
-    weight: Tensor
+    real: Tensor
     asked: Tensor
     held_out: bool
 
@@ -176,15 +171,13 @@ def _together(texts: Sequence[CalibrationText]) -> Iterator[list[CalibrationText
 def _batch(texts: list[CalibrationText]) -> _Batch:
     longest, width = max(len(text.embeddings) for text in texts), texts[0].embeddings.shape[1]
     exact = torch.zeros(len(texts), longest, width)
-    weight, asked = torch.zeros(len(texts), longest), torch.zeros(len(texts), longest, dtype=torch.bool)
+    real, asked = (torch.zeros(len(texts), longest, dtype=torch.bool) for _ in range(2))
     for row, text in enumerate(texts):
         count = len(text.embeddings)
         exact[row, :count] = torch.from_numpy(text.embeddings)
-        weight[row, :count] = 1.0
-        if text.answer >= count:
-            weight[row, count - 1] = LAST_ROW_WEIGHT
+        real[row, :count] = True
         asked[row, max(text.answer - 1, 0) : count] = text.answer < count
-    return _Batch(exact, exact.clone(), weight, asked, texts[0].held_out)
+    return _Batch(exact, exact.clone(), real, asked, texts[0].held_out)
 
 
 def _positions(states: Tensor) -> Tensor:
@@ -236,7 +229,7 @@ def _round_layer(layer: DecoderLayer, own: DecoderLayer, batches: list[_Batch], 
 
 
 def _pass(layer: DecoderLayer, own: DecoderLayer, step: Step, batches: list[_Batch]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Weighted Σ x'·x'ᵀ and Σ x'·xᵀ [in, in] of the twin's inputs x' and the exact ones x, over what may be fitted; and all x'.
+    """Σ x'·x'ᵀ and Σ x'·xᵀ [in, in] of the twin's inputs x' and the exact ones x, over what may be fitted; and all of x'.
 
     Exact states are taken behind the step; the twin's wait for its codes.
     """
@@ -248,11 +241,9 @@ def _pass(layer: DecoderLayer, own: DecoderLayer, step: Step, batches: list[_Bat
         rounded, _ = _through(own, step, batch.rounded)
         inputs.append(rounded)
         if not batch.held_out:
-            real = batch.weight > 0
-            own_rows, exact_rows = rounded[real], exact[real]
-            weighted = (own_rows * batch.weight[real][:, None]).T
-            hessian += weighted @ own_rows
-            cross += weighted @ exact_rows
+            own_rows, exact_rows = rounded[batch.real], exact[batch.real]
+            hessian += own_rows.T @ own_rows
+            cross += own_rows.T @ exact_rows
     return hessian, cross, inputs
 
 
@@ -272,8 +263,7 @@ def packed_int4(codes: BlockCodes) -> PackedWeight:
 
 def _distance(batches: list[_Batch]) -> float:
     """Of held-out states, relative."""
-    held = [(batch, batch.weight > 0) for batch in batches if batch.held_out]
-    chosen = [(batch.rounded[real], batch.exact[real]) for batch, real in held]
+    chosen = [(batch.rounded[batch.real], batch.exact[batch.real]) for batch in batches if batch.held_out]
     difference = sum(float((own - exact).square().sum()) for own, exact in chosen)
     return float((difference / max(sum(float(exact.square().sum()) for _, exact in chosen), 1e-30)) ** 0.5)
 
