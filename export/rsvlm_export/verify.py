@@ -129,6 +129,20 @@ class Reference:
         return self.measured
 
 
+def open_package(folder: str | Path) -> Package:
+    """A package that can be verified.
+
+    Raises:
+        CheckpointError: a damaged one. InputError: one that does not run on any machine that we have met.
+    """
+    opened = Package.open(folder)
+    if opened.kind == "tensorrt":
+        raise InputError(
+            f"package {opened.path} must be one that runs here, engines have not met a GPU yet; verify an onnx package"
+        )
+    return opened
+
+
 def verify_package(package: str | Path, reference: Reference, *, step: Callable[[str], None] = lambda line: None) -> Verdict:
     """Compares a package of any kind with the checkpoint that it was made from.
 
@@ -138,12 +152,8 @@ def verify_package(package: str | Path, reference: Reference, *, step: Callable[
     Raises:
         CheckpointError: a damaged package. InputError: another checkpoint, or data without what the gates need.
     """
-    opened = Package.open(package)
+    opened = open_package(package)
     reference.require(opened)
-    if opened.kind == "tensorrt":
-        raise InputError(
-            f"package {opened.path} must be one that runs here, engines have not met a GPU yet; verify an onnx package"
-        )
     backend = load_backend(opened.path)
     step("comparing graphs")
     paths = [sample.path for sample in reference.images.samples]

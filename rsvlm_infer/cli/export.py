@@ -10,7 +10,7 @@ import typer
 
 from ..contract import PRECISIONS
 from ..errors import InputError, MissingDependencyError
-from ..models.package import Package, is_package
+from ..models.package import is_package
 from ..pipeline import default_checkpoint
 from . import options as opt
 from .console import EXIT_ERROR, EXIT_OK, terminal
@@ -94,9 +94,10 @@ def verify(
         if not is_package(folder):
             raise InputError(f"{folder} is no exported package; write one with `rsvlm export`")
     proof = _load("verify")
+    opened = [proof.open_package(folder) for folder in folders]
     reference = proof.Reference(_checkpoint(against), data.expanduser(), split=split, limit=limit, seed=seed)
-    for folder in folders:  # before minutes are spent
-        reference.require(Package.open(folder))
+    for package in opened:  # before minutes are spent
+        reference.require(package)
     codes = [_verify(proof, folder, reference, force, output_format) for folder in folders]
     return max(codes)
 
