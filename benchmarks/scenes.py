@@ -8,7 +8,9 @@ rasterio pass over the same blocks that keeps nothing, `whole` reads all of it a
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from rsvlm_infer.hardware import probe
 
 from .rows import RESULTS, append_rows
 
@@ -34,6 +38,9 @@ LAYOUTS = {
 }
 WAYS = ("plan", "windows", "describe", "whole")
 TOKENS = 256
+NUMBERS = ("seconds", "cpu_seconds", "peak_mib")
+RATIOS = tuple(f"plan_by_{number}{part}" for number in NUMBERS for part in ("", "_least", "_most"))
+COLUMNS = ("date", "machine", "cores", "file", "file_mib", "way", "runs", *NUMBERS, "read_mib", *RATIOS)
 
 
 def generate(path: Path, side: int, layout: str, overviews: bool, compress: str = "none", seed: int = 0) -> None:
@@ -94,7 +101,8 @@ def _plan(path: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Any]:
     from rsvlm_infer.tasks.scene import SceneSettings, prepare_scene
 
     config, settings = planning_config(checkpoint), SceneSettings(tiling="dris", max_visual_tokens=TOKENS)
-    resolve("complexity_map", "auto"), resolve("pack_tiles", "auto")  # loads what they are made of
+    for op in ("cell_means", "complexity_map", "pack_tiles"):
+        resolve(op)  # loads what it is made of
 
     def run() -> dict[str, Any]:
         prepared = prepare_scene(path, config, settings)
@@ -204,8 +212,19 @@ def compare(path: Path, ways: list[str], repeats: int, checkpoint: Path | None) 
     for way in ways:
         found = runs[way]
         numbers = [key for key, value in found[0].items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
-        rows.append(found[0] | {key: round(statistics.median(run[key] for run in found), 3) for key in numbers})
+        row = found[0] | {key: round(statistics.median(run[key] for run in found), 3) for key in numbers}
+        rows.append(row | {"runs": repeats} | _ratios(found, runs["plan"] if "plan" in ways else found))
     return rows
+
+
+def _ratios(found: list[dict[str, Any]], plans: list[dict[str, Any]]) -> dict[str, float]:
+    """`plan` against a way, run by run beside each other: median, least and most by the clock and by the processor; and their memory."""
+    ratios = {}
+    for key in NUMBERS:
+        pairs = [plan[key] / run[key] for plan, run in zip(plans, found, strict=True)]
+        for name, value in (("", statistics.median(pairs)), ("_least", min(pairs)), ("_most", max(pairs))):
+            ratios[f"plan_by_{key}{name}"] = round(value, 3)
+    return ratios
 
 
 def main() -> None:
@@ -238,7 +257,13 @@ def main() -> None:
                 about = {"file": path.stem, "file_mib": path.stat().st_size / 2**20}
                 print(json.dumps(about | row))
                 if arguments.write:
-                    append_rows(RESULTS / "scenes.csv", [about | row])
+                    when = {
+                        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
+                        "machine": probe().cpu,
+                        "cores": os.cpu_count(),
+                    }
+                    row = when | about | row
+                    append_rows(RESULTS / "scenes.csv", [{column: row[column] for column in COLUMNS}])
 
 
 if __name__ == "__main__":
