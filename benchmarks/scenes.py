@@ -1,8 +1,8 @@
 """`python -m benchmarks.scenes`: what it takes to read and plan one very large scene, beside two other ways to read it.
 
 A generated 4-band uint16 scene with a fifth of nodata, as a striped and as a tiled GeoTIFF, each with and without overviews. Every way
-runs in a process of its own: `describe` is the whole of `rsvlm scene`, `plan` is its reading and planning alone, `coarse` the pass alone, `windows` is a bare
-rasterio pass over the same blocks that keeps nothing, `whole` reads all of it and stretches it by percentiles.
+runs in a process of its own: `describe` is the whole of `rsvlm scene`, `plan` is its reading and planning alone, `coarse` the pass alone,
+`windows` is a bare rasterio pass over the same blocks that keeps nothing, `whole` reads all of it and stretches it by percentiles.
 """
 
 from __future__ import annotations

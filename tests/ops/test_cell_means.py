@@ -24,9 +24,13 @@ needs_native = pytest.mark.skipif(native_why_not() is not None, reason=str(nativ
 def numbers(dtype: str, largest: float, shape: tuple[int, ...], seed: int = 3) -> NDArray[Any]:
     rng, kind = np.random.default_rng(seed), np.dtype(dtype)
     if kind.kind == "f":
-        return rng.normal(size=shape).astype(kind) * kind.type(largest)
+        normal: NDArray[Any] = rng.normal(size=shape).astype(kind) * kind.type(largest)
+        return normal
     limits = np.iinfo(kind)
-    return rng.integers(max(limits.min, -int(largest)), min(limits.max, int(largest)), shape, dtype=kind, endpoint=True)
+    drawn: NDArray[Any] = rng.integers(
+        max(limits.min, -int(largest)), min(limits.max, int(largest)), shape, dtype=kind, endpoint=True
+    )
+    return drawn
 
 
 def by_loop(values: NDArray[Any], valid: NDArray[np.bool_], factor: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
