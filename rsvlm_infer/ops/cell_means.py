@@ -103,7 +103,9 @@ def cell_means(
             means[band], found[band] = _means(plane, _pixels(plane.shape, factor), factor), True
         else:
             count = _sums(usable.view(np.uint8), factor)
-            means[band] = _means(np.where(usable, plane, plane.dtype.type(0)), count, factor)
+            # a product takes a fifth of the time of a choice, but NaN times 0 is NaN
+            kept = np.where(usable, plane, plane.dtype.type(0)) if plane.dtype.kind == "f" else plane * usable
+            means[band] = _means(kept, count, factor)
             found[band] = count > 0
     return means, found
 
@@ -117,7 +119,7 @@ def _means(plane: NDArray[Any], count: NDArray[Any], factor: int) -> NDArray[Any
     if int(total.max(initial=0)) + full // 2 > np.iinfo(total.dtype).max:
         total = total.astype(np.int64)
     mean: NDArray[Any] = (total + total.dtype.type(full // 2)) >> total.dtype.type(full.bit_length() - 1)
-    cut = count != full  # few: the rims of nodata and of the scene
+    cut = (count != full) & (count > 0)  # few: the rims of nodata and of the scene
     if cut.any():
         mean[cut] = np.floor(total[cut] / np.maximum(count[cut], 1) + 0.5)
     return mean.astype(plane.dtype, copy=False)
