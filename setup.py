@@ -18,6 +18,7 @@ FAILURES = (BaseError, CCompilerError, OSError)
 SLOWER = (
     "rsvlm_infer._C was not built ({reason}). The package works without it; slower then: "
     "pack_tiles (resample + normalise + patchify, uses Pillow), complexity_map (planner, uses numpy), "
+    "cell_means (coarse copies, uses numpy), "
     "cue_search (uses numpy) and the model's ops (use torch). "
     "Install a C++17 compiler and reinstall to get the native versions."
 )

@@ -1,14 +1,16 @@
 """`python -m benchmarks.scenes`: what it takes to read and plan one very large scene, beside two other ways to read it.
 
 A generated 4-band uint16 scene with a fifth of nodata, as a striped and as a tiled GeoTIFF, each with and without overviews. Every way
-runs in a process of its own: `describe` is the whole of `rsvlm scene`, `plan` is its reading and planning alone, `windows` is a bare
-rasterio pass over the same blocks that keeps nothing, `whole` reads all of it and stretches it by percentiles.
+runs in a process of its own: `describe` is the whole of `rsvlm scene`, `plan` is its reading and planning alone, `coarse` the pass alone,
+`windows` is a bare rasterio pass over the same blocks that keeps nothing, `whole` reads all of it and stretches it by percentiles.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from rsvlm_infer.hardware import probe
 
 from .rows import RESULTS, append_rows
 
@@ -32,8 +36,11 @@ LAYOUTS = {
     "tiled": {"tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK},
     "striped": {"tiled": False, "blockysize": STRIP_ROWS},
 }
-WAYS = ("plan", "windows", "describe", "whole")
+WAYS = ("coarse", "plan", "windows", "describe", "whole")
 TOKENS = 256
+NUMBERS = ("seconds", "cpu_seconds", "peak_mib")
+RATIOS = tuple(f"{number}_ratio{part}" for number in NUMBERS for part in ("", "_least", "_most"))
+COLUMNS = ("date", "machine", "cores", "file", "file_mib", "way", "runs", *NUMBERS, "read_mib", "against", *RATIOS)
 
 
 def generate(path: Path, side: int, layout: str, overviews: bool, compress: str = "none", seed: int = 0) -> None:
@@ -68,7 +75,7 @@ def generate(path: Path, side: int, layout: str, overviews: bool, compress: str 
 
 def measure(way: str, path: Path, checkpoint: Path | None) -> dict[str, Any]:
     """One way, in this process: clock and processor seconds, bytes read, and its peak memory beyond what it held before."""
-    ways = {"plan": _plan, "windows": _windows, "describe": _describe, "whole": _whole}
+    ways = {"coarse": _coarse, "plan": _plan, "windows": _windows, "describe": _describe, "whole": _whole}
     ready, run = ways[way](path, checkpoint)
     before, read_before = _status("VmRSS"), _bytes_read()
     _reset_peak()
@@ -87,6 +94,20 @@ def measure(way: str, path: Path, checkpoint: Path | None) -> dict[str, Any]:
     }
 
 
+def _coarse(path: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Any]:
+    import rsvlm_infer.imagery.geo  # noqa: F401  loaded before the clock starts
+    from rsvlm_infer.imagery.source import open_scene
+    from rsvlm_infer.ops.registry import resolve
+
+    resolve("cell_means")
+
+    def run() -> dict[str, Any]:
+        with open_scene(path) as scene:
+            return {"factor": scene._read_coarse().factor}
+
+    return {}, run
+
+
 def _plan(path: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Any]:
     import rsvlm_infer.imagery.geo  # noqa: F401  what a process that has read one scene has loaded
     from rsvlm_infer.cli.inspect import planning_config
@@ -94,7 +115,8 @@ def _plan(path: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Any]:
     from rsvlm_infer.tasks.scene import SceneSettings, prepare_scene
 
     config, settings = planning_config(checkpoint), SceneSettings(tiling="dris", max_visual_tokens=TOKENS)
-    resolve("complexity_map", "auto"), resolve("pack_tiles", "auto")  # loads what they are made of
+    for op in ("cell_means", "complexity_map", "pack_tiles"):
+        resolve(op)  # loads what it is made of
 
     def run() -> dict[str, Any]:
         prepared = prepare_scene(path, config, settings)
@@ -200,12 +222,23 @@ def compare(path: Path, ways: list[str], repeats: int, checkpoint: Path | None) 
             if done.returncode:
                 raise SystemExit(f"{way} failed on {path}: {done.stderr.strip().splitlines()[-1:]}")
             runs[way].append(json.loads(done.stdout.splitlines()[-1]))
-    rows = []
+    rows, against = [], "windows" if "windows" in ways else ways[-1]
     for way in ways:
         found = runs[way]
         numbers = [key for key, value in found[0].items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
-        rows.append(found[0] | {key: round(statistics.median(run[key] for run in found), 3) for key in numbers})
+        row = found[0] | {key: round(statistics.median(run[key] for run in found), 3) for key in numbers}
+        rows.append(row | {"runs": repeats} | _ratios(found, against, runs[against]))
     return rows
+
+
+def _ratios(found: list[dict[str, Any]], against: str, others: list[dict[str, Any]]) -> dict[str, Any]:
+    """A way by the way that it stands against, each run by the one beside it: median, least and most."""
+    ratios: dict[str, Any] = {"against": against}
+    for key in NUMBERS:
+        pairs = [run[key] / other[key] for run, other in zip(found, others, strict=True)]
+        for name, value in (("", statistics.median(pairs)), ("_least", min(pairs)), ("_most", max(pairs))):
+            ratios[f"{key}_ratio{name}"] = round(value, 3)
+    return ratios
 
 
 def main() -> None:
@@ -215,7 +248,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=sorted(LAYOUTS), default=sorted(LAYOUTS))
     parser.add_argument("--compress", choices=("none", "deflate", "zstd"), default="none")
     parser.add_argument("--overviews", action="store_true", help="also the same files with overviews")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["plan", "windows", "describe"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["coarse", "plan", "windows", "describe"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--write", action="store_true", help="append to benchmarks/results/scenes.csv")
@@ -238,7 +271,13 @@ def main() -> None:
                 about = {"file": path.stem, "file_mib": path.stat().st_size / 2**20}
                 print(json.dumps(about | row))
                 if arguments.write:
-                    append_rows(RESULTS / "scenes.csv", [about | row])
+                    when = {
+                        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
+                        "machine": probe().cpu,
+                        "cores": os.cpu_count(),
+                    }
+                    row = when | about | row
+                    append_rows(RESULTS / "scenes.csv", [{column: row[column] for column in COLUMNS}])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,6 +8,15 @@ def build_info() -> dict[str, str | bool | int]: ...
 def limit_isa(*, isa: str) -> None: ...
 def ask_for_huge_pages(*, address: int, length_bytes: int) -> None: ...
 def complexity_map(*, gray: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.float64]: ...
+def cell_means(
+    *,
+    values: NDArray[Any],
+    factor: int,
+    valid: NDArray[np.bool_] | None,
+    nodata: NDArray[Any] | None,
+    means: NDArray[Any],
+    found: NDArray[np.bool_],
+) -> None: ...
 def pack_tiles(
     *,
     images: Sequence[NDArray[np.uint8]],

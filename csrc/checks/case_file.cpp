@@ -12,9 +12,9 @@ namespace rsvlm::checks {
 namespace {
 
 std::size_t width_of(const std::string& type) {
-    static const std::map<std::string, std::size_t> widths{{"bool", 1},     {"uint8", 1},   {"int8", 1},
-                                                           {"bfloat16", 2}, {"float16", 2}, {"int32", 4},
-                                                           {"float32", 4},  {"int64", 8},   {"float64", 8}};
+    static const std::map<std::string, std::size_t> widths{
+        {"bool", 1},     {"uint8", 1},   {"int8", 1},  {"uint16", 2},  {"int16", 2}, {"uint32", 4}, {"uint64", 8},
+        {"bfloat16", 2}, {"float16", 2}, {"int32", 4}, {"float32", 4}, {"int64", 8}, {"float64", 8}};
     const auto found = widths.find(type);
     if (found == widths.end()) {
         throw std::runtime_error("the case file has an array of unknown type '" + type + "'");
@@ -68,6 +68,24 @@ double Array::at(std::size_t index) const {
     }
     if (type_ == "int64") {
         return static_cast<double>(as<std::int64_t>()[index]);
+    }
+    if (type_ == "uint8" || type_ == "bool") {
+        return as<std::uint8_t>()[index];
+    }
+    if (type_ == "int8") {
+        return as<std::int8_t>()[index];
+    }
+    if (type_ == "uint16") {
+        return as<std::uint16_t>()[index];
+    }
+    if (type_ == "int16") {
+        return as<std::int16_t>()[index];
+    }
+    if (type_ == "uint32") {
+        return as<std::uint32_t>()[index];
+    }
+    if (type_ == "uint64") {
+        return static_cast<double>(as<std::uint64_t>()[index]);
     }
     throw std::runtime_error("no output is " + type_);
 }

@@ -17,6 +17,7 @@
 #endif
 
 #include "case_file.h"
+#include "rsvlm/cell_means.h"
 #include "rsvlm/complexity_map.h"
 #include "rsvlm/cpu.h"
 #include "rsvlm/cue_search.h"
@@ -126,6 +127,19 @@ void run_complexity_map(const Case& c, const Outputs& out) {
                    c.number("width"), out.at("tables").as<double>());
 }
 
+void run_cell_means(const Case& c, const Outputs& out) {
+    const std::map<std::string, Pixel> pixels{
+        {"uint8", Pixel::kUint8},     {"int8", Pixel::kInt8},      {"uint16", Pixel::kUint16}, {"int16", Pixel::kInt16},
+        {"uint32", Pixel::kUint32},   {"int32", Pixel::kInt32},    {"uint64", Pixel::kUint64}, {"int64", Pixel::kInt64},
+        {"float32", Pixel::kFloat32}, {"float64", Pixel::kFloat64}};
+    const std::int64_t factor = c.number("factor"), width = c.number("width"), height = c.number("height");
+    const std::int64_t cols = (width + factor - 1) / factor, rows = (height + factor - 1) / factor;
+    cell_means({pixels.at(c.array("values").type()), c.array("values").data(),
+                static_cast<const std::uint8_t*>(c.data_or_null("valid")), c.number("valid_bands"), c.data_or_null("nodata"),
+                c.number("bands"), height, width, factor, out.at("means").data(), rows * cols, cols,
+                out.at("found").as<std::uint8_t>(), rows * cols, cols});
+}
+
 void run_pack_tiles(const Case& c, const Outputs& out) {
     const std::map<std::string, Resample> filters{
         {"bilinear", Resample::bilinear}, {"bicubic", Resample::bicubic}, {"lanczos", Resample::lanczos}};
@@ -160,6 +174,7 @@ const std::map<std::string, std::function<void(const Case&, const Outputs&)>> kO
     {"weight_matmul", run_weight_matmul},
     {"cue_search", run_cue_search},
     {"complexity_map", run_complexity_map},
+    {"cell_means", run_cell_means},
     {"pack_tiles", run_pack_tiles},
     {"linear", run_linear},
     {"decoder", run_decoder},

@@ -7,6 +7,7 @@ namespace rsvlm::python {
 
 void register_cpu(pybind11::module_& module);
 void register_complexity_map(pybind11::module_& module);
+void register_cell_means(pybind11::module_& module);
 void register_pack_tiles(pybind11::module_& module);
 void register_varlen_tile_attention(pybind11::module_& module);
 void register_grouped_experts(pybind11::module_& module);

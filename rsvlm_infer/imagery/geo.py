@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rasterio.windows import Window
 
 from ..errors import ImageReadError, InputError
 from .access import SAFE_DRIVERS
-from .coarse import Blocks, Chunk, Coarse, chunks, coarse_factor, make_coarse
+from .coarse import Blocks, Chunk, Coarse, chunks, coarse_factor, make_coarse, step_cache_bytes
 from .georeference import georeference
 from .source import COARSE_FROM_PX, DEFAULT_MAX_RAM, Scene, StretchChoice, check_stretch, choose_bands
 
@@ -240,19 +240,28 @@ class RasterScene(Scene):
     def _read_coarse(self) -> Coarse:
         dtype = np.dtype(self.dtype)
         factor = coarse_factor(self.height, self.width, len(self._bands), dtype.itemsize)
-        steps = chunks(self.height, self.width, self._blocks, factor)
+        steps = list(chunks(self.height, self.width, self._blocks, factor))
         fills = None if self._nodata is None else self._nodata.tolist()
-        return make_coarse(self.height, self.width, len(self._bands), dtype, factor, steps, self._read_step, fills)
+        reading = self._reading
+        if fills is not None or self._unmasked:  # a mask has blocks of its own
+            reading = replace(reading, cache_bytes=step_cache_bytes(steps[0], self.width, self._blocks))
+        read = partial(self._read_step, reading)
+        return make_coarse(self.height, self.width, len(self._bands), dtype, factor, steps, read, fills)
 
-    def _read_step(self, step: Chunk, cells: NDArray[Any]) -> NDArray[np.bool_] | None:
-        """Fills `cells` [C, h, w] with native values; their validity, None where all is valid or nodata alone decides."""
+    def _read_step(self, reading: Reading, step: Chunk, cells: NDArray[Any]) -> NDArray[np.bool_] | None:
+        """Fills `cells` [C, h, w] with native values; what masks them [C or 1, h, w], None where nothing or nodata alone does."""
         window = Window(step.col_off, step.row_off, step.width, step.height)
-        with self._reading.guarded():
+        with reading.guarded():
             self._dataset.read(list(self._bands), window=window, out=cells)
-            if self._nodata is not None or self.all_valid:
+            if self._nodata is not None or self._unmasked:
                 return None
             valid = self._read_valid(window, step.height, step.width).transpose(2, 0, 1)
-        return valid & np.isfinite(cells) if cells.dtype.kind == "f" else valid
+        return valid[:1] if valid.strides[0] == 0 else valid  # one mask for all bands
+
+    @property
+    def _unmasked(self) -> bool:
+        """Nothing but NaN can make a pixel invalid."""
+        return all(MaskFlags.all_valid in flags for flags in self._flags)
 
     @cached_property
     def _nodata(self) -> NDArray[Any] | None:
@@ -291,7 +300,7 @@ class RasterScene(Scene):
     def _read_valid(self, window: Window, out_height: int, out_width: int) -> NDArray[np.bool_]:
         """bool [oh, ow, C], True where any valid pixel lies below."""
         shape = (out_height, out_width, len(self._bands))
-        if all(MaskFlags.all_valid in flags for flags in self._flags):
+        if self._unmasked:
             return np.broadcast_to(np.True_, shape)
         shared = all(MaskFlags.per_dataset in flags for flags in self._flags)  # one mask for all bands
         bands = [self._bands[0]] if shared else list(self._bands)

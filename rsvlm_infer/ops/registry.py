@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 # op -> implementations in order of preference, before eager. Preference is data; capability is each twin's why_not().
 OPS: dict[str, tuple[str, ...]] = {
     "complexity_map": ("native",),
+    "cell_means": ("native",),
     "pack_tiles": ("native",),
     "cue_search": ("native",),
     "varlen_tile_attention": ("triton", "native"),

@@ -19,71 +19,15 @@ from rsvlm_infer.imagery.coarse import (
     chunks,
     coarse_factor,
     overview_of,
-    reduce_squares,
 )
 from rsvlm_infer.imagery.complexity import ComplexityMap
 from rsvlm_infer.imagery.pack import pack_scene
 from rsvlm_infer.imagery.plan import plan_scene
 from rsvlm_infer.imagery.source import open_scene
 from tests.imagery.configs import imagery_config
+from tests.ops.test_cell_means import by_loop, numbers
 
 RNG = np.random.default_rng(3)
-DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64", "float32", "float64")
-
-
-def by_loop(values: np.ndarray, valid: np.ndarray, factor: int) -> tuple[np.ndarray, np.ndarray]:
-    shape = (-(-values.shape[0] // factor), -(-values.shape[1] // factor))
-    means, found = np.zeros(shape), np.zeros(shape, bool)
-    for row in range(shape[0]):
-        for col in range(shape[1]):
-            cell = np.s_[row * factor : (row + 1) * factor, col * factor : (col + 1) * factor]
-            if valid[cell].any():
-                means[row, col], found[row, col] = values[cell][valid[cell]].astype(np.float64).mean(), True
-    return means, found
-
-
-def numbers(dtype: str, largest: int, shape: tuple[int, int]) -> np.ndarray:
-    kind = np.dtype(dtype)
-    if kind.kind == "f":
-        return RNG.normal(size=shape).astype(kind) * largest
-    limits = np.iinfo(kind)
-    return RNG.integers(max(limits.min, -largest), min(limits.max, largest), shape, endpoint=True).astype(kind)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("largest", [100, 4000, 65_535])
-@pytest.mark.parametrize("factor", [2, 4, 8, 16])
-def test_cells_are_means_of_their_valid_pixels(dtype: str, largest: int, factor: int) -> None:
-    values = numbers(dtype, largest, (37, 53))
-    valid = RNG.random(values.shape) > 0.3
-    valid[:16, :32] = False
-    for mask in (valid, np.ones_like(valid)):
-        expected, found = by_loop(values, mask, factor)
-        means, seen = reduce_squares(values, mask, factor)
-        assert means.dtype == values.dtype
-        assert (np.ones_like(found) if seen is None else seen).tolist() == found.tolist()
-        if values.dtype.kind == "f":
-            np.testing.assert_allclose(means, expected, rtol=1e-5, atol=largest * 1e-6)
-        else:
-            assert (means == np.floor(expected + 0.5)).all()
-
-
-@pytest.mark.parametrize("fill", [0, 7, 65_535])
-def test_one_value_for_all_that_is_missing_changes_nothing(fill: int) -> None:
-    values = numbers("uint16", 5000, (40, 40))
-    valid = RNG.random(values.shape) > 0.4
-    values[~valid] = fill
-    assert (reduce_squares(values, valid, 4, fill)[0] == reduce_squares(values, valid, 4)[0]).all()
-
-
-def test_missing_floats_never_reach_a_mean() -> None:
-    values = np.full((4, 4), np.nan, np.float32)
-    values[0, 0] = 3.0
-    means, found = reduce_squares(values, np.isfinite(values), 2)
-    assert found is not None
-    assert means[0, 0] == 3.0
-    assert found.tolist() == [[True, False], [False, False]]
-    assert np.isfinite(means).all()
 
 
 @given(
@@ -169,9 +113,9 @@ def test_a_raster_is_read_once_for_overview_stretch_plan_and_tiles(
     with open_scene(path) as scene:
         reading = type(scene)._read_step  # type: ignore[attr-defined]
 
-        def counted(self: Any, step: Any, cells: Any) -> Any:
+        def counted(self: Any, guard: Any, step: Any, cells: Any) -> Any:
             pixels_read.append(step.height * step.width)
-            return reading(self, step, cells)
+            return reading(self, guard, step, cells)
 
         monkeypatch.setattr(type(scene), "_read_step", counted)
         rgb, mask = scene.overview()

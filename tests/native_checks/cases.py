@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rsvlm_infer.ops.cell_means import DTYPES, cell_means
 from rsvlm_infer.ops.complexity_map import complexity_map
 from rsvlm_infer.ops.cue_search import TOLERANCE as CUE_TOLERANCE
 from rsvlm_infer.ops.cue_search import cue_search
@@ -266,6 +267,38 @@ def _complexity_map() -> Iterator[Case]:
         yield case.expect("tables", "float64", complexity_map(gray, mask))
 
 
+def _cell_means() -> Iterator[Case]:
+    def case(values: NDArray[np.generic], factor: int, rule: str, refusal: str = "") -> Case:
+        bands, height, width = values.shape
+        kind, rng = values.dtype.name, np.random.default_rng(height * width)
+        valid = rng.random(((1 if rule == "shared" else bands), height, width)) < 0.7 if rule in ("mask", "shared") else None
+        nodata = [int(values[0, 0, 0]), *[3] * (bands - 1)] if rule == "nodata" else None
+        made = Case("cell_means", f"{kind}/{height}x{width}/{factor}/{rule}", refusal).array(values=values, valid=valid)
+        made.array(nodata=None if nodata is None else np.array(nodata, values.dtype))
+        made.number(bands=bands, height=height, width=width, factor=factor, valid_bands=0 if valid is None else len(valid))
+        if refusal:
+            return made.expect("means", kind, np.zeros(1)).expect("found", "bool", np.zeros(1))
+        means, found = cell_means(values, factor, valid, nodata)
+        return made.expect("means", kind, means).expect("found", "bool", found)
+
+    for dtype, (height, width), factor in itertools.product(DTYPES, ((1, 1), (13, 65), (64, 64), (65, 2)), (1, 2, 4, 16)):
+        rng = np.random.default_rng(height * width)
+        if np.dtype(dtype).kind == "f":
+            values = (rng.standard_normal((2, height, width)) * 4000).astype(dtype)
+            values[0, ::3, ::5], values[1, ::4, ::7] = BROKEN
+        else:
+            limits = np.iinfo(dtype)
+            bounds = max(limits.min, -65_535), min(limits.max, 65_535)
+            values = rng.integers(*bounds, (2, height, width), dtype=dtype, endpoint=True)
+        for rule in ("all", "mask", "shared", *(["nodata"] if values.dtype.kind != "f" else [])):
+            yield case(values, factor, rule)
+    for dtype in ("uint8", "uint16", "int16", "int64"):  # the largest sums, and more than one segment of columns
+        for limit, factor in itertools.product((np.iinfo(dtype).min, np.iinfo(dtype).max), (128, 512)):
+            yield case(np.full((1, 300, 520), limit, dtype), factor, "all")
+        yield case(np.random.default_rng(0).integers(0, 100, (1, 5, 9001), dtype=dtype), 4, "nodata")
+    yield case(np.ones((1, 4, 4), np.uint8), 3, "all", "factor must be a power of two")
+
+
 def _pack_tiles() -> Iterator[Case]:
     def case(label: str, images: list[NDArray[np.uint8]], places: list[tuple[int, ...]], patch: int, resample: str) -> Case:
         """`places`: canvas, crop and grid of each image, six numbers. Images are windows of rows that are wider."""
@@ -306,6 +339,7 @@ RECORDERS: dict[str, Callable[[], Iterator[Case]]] = {
     "weight_matmul": _weight_matmul,
     "cue_search": _cue_search,
     "complexity_map": _complexity_map,
+    "cell_means": _cell_means,
     "pack_tiles": _pack_tiles,
 }
 
