@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsvlm_export.native import GROUP, INT8_INPUTS, _fit_int4, lay_out
+from rsvlm_export.native import GROUP, INT8_INPUTS, _nearest_int4, lay_out
 from rsvlm_infer.backends.native import _scene_settings
 from rsvlm_infer.backends.positions import resize_table
 from rsvlm_infer.config import RsvlmConfig
@@ -49,7 +49,7 @@ def _random(seed: int, *shape: int) -> Tensor:
 def _weights(case: Case, config: RsvlmConfig, model: RsvlmModel, precision: str) -> Case:
     """A package's weights, as the reader finds them."""
     inputs = INT8_INPUTS if precision in ("int8", "int4") else ()
-    for name, (kind, rows, columns, content) in lay_out(config, model.state_dict(), precision, inputs).items():
+    for name, (kind, rows, columns, content) in lay_out(config, model.state_dict(), precision, int8_inputs=inputs).items():
         flat = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
         case.array(**{f"weight/{kind or 'vector'}/{rows}/{columns}/{name}": flat})
     return case.word(int8_inputs=",".join(inputs) or "none")
@@ -73,7 +73,7 @@ def _stands_for(model: RsvlmModel, precision: str) -> RsvlmModel:
         if precision in ("fp32", "bf16") or value.ndim != 2 or value.shape[1] % GROUP or not name.startswith(INT8_INPUTS):
             continue
         eight = not language or precision == "int8" or any(part in name for part in ("embed_tokens", "lm_head", "down"))
-        state[name] = dequantise(pack_weight(value, "int8") if eight else _fit_int4(value))
+        state[name] = dequantise(pack_weight(value, "int8") if eight else _nearest_int4(value))
     return _model(model.config, state)
 
 
