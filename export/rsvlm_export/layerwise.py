@@ -8,7 +8,7 @@ give the exact outputs from these inputs (least squares). Only whole texts go th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ EMBEDDINGS, HEAD = "language_model.embed_tokens", "language_model.lm_head"
 HELD_OUT = 4  # every fourth image's texts fit nothing and measure everything
 TEXTS_AT_ONCE = 8  # a backward pass keeps 2 MB a token of the default model
 Step = tuple[str, ...]
+Embed = Callable[[Tensor], Tensor]  # states [B, D] after texts' last tokens -> [B, De], unit length
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,19 @@ class _Batch:
     held_out: bool
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What one measure says of a twin: its value, what it may be at most, and how much of it each int4 matrix answers for."""
+
+    value: float
+    limit: float
+    damages: Mapping[str, float]
+
+    @property
+    def excess(self) -> float:
+        return self.value - self.limit
+
+
 @dataclass
 class RoundedLanguage:
     """What came of it.
@@ -67,58 +81,70 @@ class RoundedLanguage:
         kinds: precision by the runtime's matrix name.
         packed: codes by parameter name without `.weight`.
         finer: the int8 codes of what int4 ones were fitted to, of the int4 ones.
-        divergence: mean over held-out answers' tokens of KL(exact, twin), in nats.
-        damages: what each matrix answers for, when all were int4.
+        measures: "divergence", the mean over held-out answers' tokens of KL(exact, twin) in nats, and, of a model that embeds texts,
+            "turn", the mean over held-out embedded texts of 1 - cosine(exact, twin).
+        damages: by measure what each matrix answers for, when all were int4.
     """
 
     twin: LanguageModel
     kinds: dict[str, str]
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     finer: dict[str, PackedWeight] = field(default_factory=dict)
-    divergence: float = 0.0
-    damages: dict[str, float] = field(default_factory=dict)
+    measures: dict[str, Measure] = field(default_factory=dict)
+    damages: dict[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def round_language(
     model: LanguageModel,
     texts: Sequence[CalibrationText],
-    limit: float,
+    limits: Mapping[str, float],
     report: Callable[[str], None] = lambda line: None,
+    *,
+    embed: Embed | None = None,
 ) -> RoundedLanguage:
-    """Rounds every layer to int4, and again with int8 for the matrices that do most damage, until the divergence is within `limit`.
+    """Rounds every layer to int4, and again with int8 for the matrices that do most damage, until all measures are within `limits`.
 
     The word table and the head are int8: each token reads one row of the former, and 8 bits of the latter lose nothing that a
     greedy choice could show. Layers are rounded anew in each round, because later ones make up for what earlier ones do.
 
     Args:
-        texts: with held-out answers among them.
+        texts: with held-out answers among them, and held-out texts without one where there is `embed`.
+        limits: by the names of `RoundedLanguage.measures`; "turn" is only asked for with `embed`.
+        embed: the model's text embeddings from the states of last tokens.
     """
     tables = (EMBEDDINGS,) if model.lm_head is None else (EMBEDDINGS, HEAD)
     kinds = dict.fromkeys(tables, "bf16" if model.config.hidden_size % GROUP else "int8")
     for index, layer in enumerate(model.layers):
         kinds |= {f"{_layer_name(index)}{NAMES[step]}": "int4" for step in STEPS if _in_groups(layer, step)}
-    damages: dict[str, float] = {}
+    damages: dict[str, Mapping[str, float]] = {}
     at_least = 1
     while True:
         found = _walk(model, texts, kinds, report)
-        left = _measure(found, model, texts)
-        damages = damages or left
+        found.measures = _measure(found, model, texts, limits, embed)
+        damages = damages or {name: measure.damages for name, measure in found.measures.items()}
         found.damages = damages
-        report(f"held-out answers diverge by {found.divergence:.4f} nats a token, the limit is {limit:g}")
-        if found.divergence <= limit or not left:
+        report(
+            ", ".join(f"{name} {measure.value:.4g} of at most {measure.limit:g}" for name, measure in found.measures.items())
+        )
+        if "int4" not in kinds.values() or all(measure.excess <= 0 for measure in found.measures.values()):
             return found
-        kinds = kinds | _finer_kinds(model, left, found.divergence - limit, at_least)
-        at_least *= 2  # damages are first-order guesses: where they guess too low, rounds must still come to an end
+        kinds = kinds | _finer_kinds(model, found.measures.values(), at_least)
+        at_least *= 2  # damages are guesses: where they guess too low, rounds must still come to an end
 
 
-def _finer_kinds(model: LanguageModel, damages: Mapping[str, float], excess: float, at_least: int) -> dict[str, str]:
-    """int8 for what answers for most per byte that this costs, until the excess is covered."""
+def _finer_kinds(model: LanguageModel, measures: Iterable[Measure], at_least: int) -> dict[str, str]:
+    """int8 for what answers for most per byte that this costs, until every measure's excess is covered."""
     finer: dict[str, str] = {}
-    for name in sorted(damages, key=lambda name: -damages[name] / _size(model, name)):
-        if excess <= 0 and len(finer) >= at_least:
-            break
-        finer[name] = "int8"
-        excess -= max(damages[name], 0.0)
+    for measure in measures:
+        damages, excess = measure.damages, measure.excess
+        if excess <= 0:
+            continue
+        excess -= sum(max(damages[name], 0.0) for name in finer)
+        for name in sorted(damages.keys() - finer, key=lambda name: (-damages[name] / _size(model, name), name)):
+            if excess <= 0 and len(finer) >= at_least:
+                break
+            finer[name] = "int8"
+            excess -= max(damages[name], 0.0)
     return finer
 
 
@@ -284,37 +310,70 @@ def _parameter(model: LanguageModel, name: str) -> nn.Parameter:
     return model.get_parameter(f"{name.removeprefix('language_model.')}.weight")
 
 
-def _measure(found: RoundedLanguage, model: LanguageModel, texts: Sequence[CalibrationText]) -> dict[str, float]:
-    """Sets the divergence; returns how much of it each int4 matrix answers for: its gradient along what rounding did to it.
+def _measure(
+    found: RoundedLanguage,
+    model: LanguageModel,
+    texts: Sequence[CalibrationText],
+    limits: Mapping[str, float],
+    embed: Embed | None,
+) -> dict[str, Measure]:
+    """All measures of a twin, over the held-out texts."""
+    held = [text for text in texts if text.held_out]
+    answers = [text for text in held if text.answer < len(text.embeddings)]
+    count = max(sum(int(batch.asked.sum()) for batch in map(_batch, _together(answers))), 1)
 
-    Near its minimum the divergence grows with the square of the changes, so that is what it falls by, to first order, when a
-    matrix gets its finer codes.
-    """
-    own = {name: _parameter(found.twin, name) for name in found.finer}
-    answers = [text for text in texts if text.held_out and text.answer < len(text.embeddings)]
-    held = [_batch(part) for part in _together(answers)]
-    count, total = max(sum(int(batch.asked.sum()) for batch in held), 1), 0.0
-    for value in own.values():
-        value.requires_grad_(True)
-    for batch in held:
+    def divergence(batch: _Batch) -> Tensor:
         with torch.no_grad():
             exact = _log_probabilities(model, batch)
+        return (exact.exp() * (exact - _log_probabilities(found.twin, batch))).sum() / count
+
+    measures = {"divergence": _graded(found, answers, divergence, limits["divergence"])}
+    if embed is not None:
+        embedded = [text for text in held if text.answer == len(text.embeddings)]
+
+        def turn(batch: _Batch) -> Tensor:
+            with torch.no_grad():
+                exact = embed(_last_states(model, batch))
+            return (1 - (exact * embed(_last_states(found.twin, batch))).sum(dim=1)).sum() / max(len(embedded), 1)
+
+        measures["turn"] = _graded(found, embedded, turn, limits["turn"])
+    return measures
+
+
+def _graded(
+    found: RoundedLanguage, texts: Sequence[CalibrationText], loss: Callable[[_Batch], Tensor], limit: float
+) -> Measure:
+    """One measure, and how much of it each int4 matrix answers for: half of its gradient along what rounding did to the matrix.
+
+    Near its minimum a measure grows with the square of the changes. There the gradient along all changes together is twice the
+    measure, so the halves add up to it, and a half is what it falls by when a matrix that errs on its own gets its finer codes.
+    """
+    own = {name: _parameter(found.twin, name) for name in found.finer}
+    for value in own.values():
+        value.requires_grad_(True)
+    total = 0.0
+    for batch in map(_batch, _together(texts)):
         with torch.enable_grad():
-            loss = (exact.exp() * (exact - _log_probabilities(found.twin, batch))).sum() / count
+            part = loss(batch)
             if own:
-                loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    found.divergence = total
+                part.backward()  # type: ignore[no-untyped-call]
+        total += float(part.detach())
     damages: dict[str, float] = {}
     for name in (name for name, kind in found.kinds.items() if kind == "int4"):
         damages[name] = 0.0
-        for part in parameters_of(name):
-            gradient = own[part].grad
+        for parameter in parameters_of(name):
+            gradient = own[parameter].grad
             if gradient is not None:
-                damages[name] += float((gradient * (own[part].detach() - dequantise(found.finer[part]))).sum())
+                damages[name] += 0.5 * float((gradient * (own[parameter].detach() - dequantise(found.finer[parameter]))).sum())
     for value in own.values():
         value.requires_grad_(False).grad = None
-    return damages
+    return Measure(total, limit, damages)
+
+
+def _last_states(model: LanguageModel, batch: _Batch) -> Tensor:
+    """[B, D] after each text's last token."""
+    states: Tensor = model(batch.exact, _positions(batch.exact))
+    return states[torch.arange(len(states)), batch.real.sum(dim=1) - 1]
 
 
 def _log_probabilities(model: LanguageModel, batch: _Batch) -> Tensor:
@@ -328,17 +387,19 @@ def layer_entries(found: RoundedLanguage) -> list[dict[str, Any]]:
     for name, kind in found.kinds.items():
         asked = "int8" if name in (EMBEDDINGS, HEAD) else "int4"
         entry: dict[str, Any] = {"name": name, "asked": asked, "kept": kind}
-        if name in found.damages:
-            entry["damage"] = float(f"{found.damages[name]:.3g}")
+        damages = {measure: float(f"{of[name]:.3g}") for measure, of in found.damages.items() if name in of}
+        if damages:
+            entry["damages"] = damages
         entries.append(entry)
     return entries
 
 
-def calibration_summary(texts: Sequence[CalibrationText], found: RoundedLanguage, limit: float) -> Mapping[str, Any]:
+def calibration_summary(texts: Sequence[CalibrationText], found: RoundedLanguage) -> Mapping[str, Any]:
     """What a manifest says about how the codes came about."""
     return {
         "texts": len(texts),
         "held_out": sum(text.held_out for text in texts),
-        "divergence": float(f"{found.divergence:.4g}"),
-        "divergence_limit": limit,
+        "measures": {
+            name: {"value": float(f"{measure.value:.4g}"), "limit": measure.limit} for name, measure in found.measures.items()
+        },
     }

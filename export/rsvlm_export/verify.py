@@ -204,6 +204,7 @@ def certificate(verdict: Verdict, package: Path, *, forced: bool) -> dict[str, A
         "finer_layers": {
             layer["name"]: layer["kept"] for layer in opened.manifest.get("layers", ()) if layer["kept"] != layer["asked"]
         },
+        **({"calibration": opened.manifest["calibration"]} if "calibration" in opened.manifest else {}),
         "manifest_sha256": sha256_of(opened.path / MANIFEST),
         "model_sha256": opened.manifest["model"]["sha256"],
         "sample": verdict.sample,

@@ -14,7 +14,7 @@ from tests.native import needs_native
 
 from rsvlm_export import export as exporting  # isort: skip
 from rsvlm_export.export import export_checkpoint
-from rsvlm_export.layerwise import CalibrationText, RoundedLanguage, parameters_of, round_language
+from rsvlm_export.layerwise import CalibrationText, Measure, RoundedLanguage, _finer_kinds, parameters_of, round_language
 from rsvlm_export.native import LanguagePlan, lay_out
 from rsvlm_export.rounding import block_values, relative_error, round_blocks
 from rsvlm_infer import RSVLM
@@ -28,6 +28,7 @@ CONFIG = dataclasses.replace(
     SPEAKING,
     language=dataclasses.replace(SPEAKING.language, hidden_size=64, num_layers=3),  # type: ignore[type-var]
 )
+LOOSE = {"divergence": 1e9, "turn": 1e9}
 FIRST = "language_model.layers.0."
 
 
@@ -71,10 +72,10 @@ def _nearest(model: LanguageModel, texts: list[CalibrationText]) -> float:
 
 def test_fitted_codes_diverge_less_than_the_nearest_ones() -> None:
     model, texts = _language(), _texts()
-    found = round_language(model, texts, limit=1e9)
+    found = round_language(model, texts, LOOSE)
     assert set(found.kinds.values()) == {"int4", "int8"}
     assert found.kinds["language_model.embed_tokens"] == "int8"
-    assert 0 < found.divergence < 0.7 * _nearest(model, texts)
+    assert 0 < found.measures["divergence"].value < 0.7 * _nearest(model, texts)
     for name, packed in found.packed.items():  # the twin is what the codes stand for
         assert packed.kind == "int4"
         value = found.twin.get_parameter(f"{name.removeprefix('language_model.')}.weight")
@@ -85,7 +86,7 @@ def test_fitted_codes_diverge_less_than_the_nearest_ones() -> None:
 def test_the_model_itself_stays_as_it_was() -> None:
     model = _language()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    round_language(model, _texts(8), limit=1e9)
+    round_language(model, _texts(8), LOOSE)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -95,26 +96,83 @@ def _numel(model: LanguageModel, name: str) -> int:
 
 def test_what_does_damage_becomes_int8_until_the_limit_holds() -> None:
     model, texts = _language(), _texts()
-    coarse = round_language(model, texts, limit=1e9)
-    sizes = {name: sum(_numel(model, part) for part in parameters_of(name)) for name in coarse.damages}
-    heaviest = max(sizes, key=lambda name: coarse.damages[name] / sizes[name])
+    coarse = round_language(model, texts, LOOSE)
+    sizes = {name: sum(_numel(model, part) for part in parameters_of(name)) for name in coarse.damages["divergence"]}
+    heaviest = max(sizes, key=lambda name: coarse.damages["divergence"][name] / sizes[name])
     lines: list[str] = []
-    finer = round_language(model, texts, coarse.divergence * 0.5, lines.append)
-    assert finer.divergence <= coarse.divergence * 0.5
+    finer = round_language(model, texts, {"divergence": coarse.measures["divergence"].value * 0.5}, lines.append)
+    assert finer.measures["divergence"].value <= coarse.measures["divergence"].value * 0.5
     raised = {name for name, kind in finer.kinds.items() if kind == "int8"} - {"language_model.embed_tokens"}
     assert heaviest in raised
-    assert len(raised) < len(coarse.damages)
+    assert len(raised) < len(sizes)
     assert all(finer.packed[part].kind == "int8" for name in raised for part in parameters_of(name))
-    assert sum("diverge" in line for line in lines) >= 2
-    exact = round_language(model, texts, limit=0.0)  # it ends, although nothing reaches zero
+    assert sum("divergence" in line for line in lines) >= 2
+    exact = round_language(model, texts, {"divergence": 0.0})  # it ends, although nothing reaches zero
     assert set(exact.kinds.values()) == {"int8"}
-    assert exact.divergence < 0.1 * coarse.divergence
+    assert exact.measures["divergence"].value < 0.1 * coarse.measures["divergence"].value
+
+
+def _embed(states: torch.Tensor) -> torch.Tensor:
+    """A text projection, eight wide."""
+    matrix = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
+    return torch.nn.functional.normalize(states @ matrix.T, dim=-1)
+
+
+def _with_embedded(texts: list[CalibrationText]) -> list[CalibrationText]:
+    """The same, and each once more as a text that is embedded: there nothing was chosen."""
+    return [*texts, *(dataclasses.replace(text, answer=len(text.embeddings)) for text in texts)]
+
+
+def _turn(model: LanguageModel, twin: LanguageModel, texts: list[CalibrationText]) -> float:
+    """The mean 1 - cosine of held-out embedded texts, text by text."""
+    found = []
+    for text in texts:
+        if text.held_out and text.answer == len(text.embeddings):
+            x = torch.from_numpy(text.embeddings)[None]
+            exact, own = (_embed(one(x, torch.arange(x.shape[1])[None])[:, -1])[0] for one in (model, twin))
+            found.append(1 - float(exact @ own))
+    return sum(found) / len(found)
+
+
+def test_embedded_texts_have_a_limit_of_their_own() -> None:
+    """Answers are well within theirs, so only the turn of embedded texts can raise matrices."""
+    model, texts = _language(), _with_embedded(_texts())
+    coarse = round_language(model, texts, LOOSE, embed=_embed)
+    turn = coarse.measures["turn"]
+    assert turn.value == pytest.approx(_turn(model, coarse.twin, texts), rel=1e-3)
+    assert (
+        0
+        < coarse.measures["divergence"].value
+        == pytest.approx(round_language(model, texts, LOOSE).measures["divergence"].value)
+    )
+    assert sum(turn.damages.values()) == pytest.approx(
+        turn.value, rel=0.5
+    )  # near its minimum: halves of gradients add up to it
+    sizes = {name: sum(_numel(model, part) for part in parameters_of(name)) for name in turn.damages}
+    finer = round_language(model, texts, LOOSE | {"turn": turn.value * 0.6}, embed=_embed)
+    assert finer.measures["turn"].value <= turn.value * 0.6
+    assert finer.measures["turn"].value == pytest.approx(_turn(model, finer.twin, texts), rel=1e-3)
+    raised = {name for name, kind in finer.kinds.items() if kind == "int8"} - {"language_model.embed_tokens"}
+    assert max(sizes, key=lambda name: turn.damages[name] / sizes[name]) in raised
+    assert len(raised) < len(sizes)
+
+
+def test_a_matrix_that_both_measures_want_counts_for_both() -> None:
+    model = _language()
+    names = [f"language_model.layers.{index}.attention.o" for index in range(3)]
+    first = Measure(3.0, 1.0, dict(zip(names, (2.0, 0.5, 0.5), strict=True)))
+    second = Measure(2.0, 1.0, dict(zip(names, (0.4, 0.5, 1.1), strict=True)))
+    assert _finer_kinds(model, [first], 1).keys() == {names[0]}
+    assert _finer_kinds(model, [first, second], 1).keys() == {names[0], names[2]}
+    assert _finer_kinds(model, [first, dataclasses.replace(second, value=1.3)], 1).keys() == {names[0]}
+    assert _finer_kinds(model, [first, dataclasses.replace(second, value=1.3)], 2).keys() == {names[0], names[1]}
+    assert _finer_kinds(model, [dataclasses.replace(first, value=1.0)], 2) == {}
 
 
 def test_matrices_without_whole_groups_stay_bf16() -> None:
     language = dataclasses.replace(CONFIG.language, intermediate_size=72)  # type: ignore[type-var]
     config = dataclasses.replace(CONFIG, language=language)
-    found = round_language(_language(config), _texts(8), limit=1e9)
+    found = round_language(_language(config), _texts(8), LOOSE)
     assert f"{FIRST}mlp.down" not in found.kinds
     assert found.kinds[f"{FIRST}mlp.gate_up"] == "int4"
 
@@ -125,7 +183,7 @@ def test_fitted_codes_reach_the_package() -> None:
     from rsvlm_infer import _C
 
     state = random_model(CONFIG).state_dict()
-    found = round_language(_language(), _texts(8), limit=1e9)
+    found = round_language(_language(), _texts(8), LOOSE)
     kinds = found.kinds | {f"{FIRST}mlp.down": "int8"}
     packed = found.packed | {f"{FIRST}mlp.down": found.finer[f"{FIRST}mlp.down"]}
     laid = lay_out(CONFIG, state, "int4", LanguagePlan(kinds, packed, {}))
@@ -179,12 +237,14 @@ def test_export_calibrates_and_writes_down_what_it_chose(tmp_path: Path, images:
     state, words = random_model(CONFIG).state_dict(), write_tokenizer(tmp_path / "words")
     checkpoint = save_checkpoint(tmp_path / "checkpoint", CONFIG, state, knowledge=knowledge, tokenizer=words)
     options = {"format": "native", "precision": "int4"}
-    monkeypatch.setattr(exporting, "DIVERGENCE_LIMIT", 0.0)
+    monkeypatch.setattr(exporting, "LIMITS", {"divergence": 0.0, "turn": 0.0})
     package = NativePackage.open(export_checkpoint(checkpoint, tmp_path / "package", calibrate=images, **options))  # type: ignore[arg-type]
     layers = {layer["name"]: layer for layer in package.manifest["layers"]}
     assert {layer["kept"] for layer in layers.values()} == {"int8"}  # nothing else is within a limit of zero
-    assert all("damage" in layer for layer in layers.values() if layer["asked"] == "int4")
-    assert package.manifest["calibration"]["divergence_limit"] == 0
+    assert all(layer["damages"].keys() == {"divergence", "turn"} for layer in layers.values() if layer["asked"] == "int4")
+    measures = package.manifest["calibration"]["measures"]
+    assert {name: measure["limit"] for name, measure in measures.items()} == {"divergence": 0, "turn": 0}
+    assert all(0 < measure["value"] < 0.1 for measure in measures.values())
     assert package.manifest["calibration"]["held_out"] == 2
     for name, layer in layers.items():
         assert package.weights[name][0] == layer["kept"]
