@@ -88,7 +88,8 @@ class NativeBackend:
         self._scene_model = _C.NativeSceneModel(
             weights=package.weights, settings=_scene_settings(package.config), int8_inputs=package.int8_inputs
         )
-        self._decoder = None if package.config.language is None else _make_decoder(package)
+        self._decoder = None if package.config.language is None else _make_decoder(package, package.int8_inputs)
+        self._text_decoder: Any = None  # made when the first text is embedded
         self._positions: dict[tuple[int, int], F32] = {}
         self._levels: OrderedDict[bytes, _Levels] = OrderedDict()
         self._prefixes: list[_Prefix] = []
@@ -390,7 +391,7 @@ class NativeBackend:
             )
         if any(len(ids) == 0 for ids in token_ids):
             raise InputError("token_ids must hold at least one token per text, got an empty text; give every text a word")
-        language = self._language()
+        language = self._text_language()
         lengths = np.array([len(ids) for ids in token_ids], np.int64)
         states = language.prefill(
             cache=language.cache(rows=len(token_ids), capacity=int(lengths.max())),
@@ -409,8 +410,21 @@ class NativeBackend:
             )
         return self._decoder
 
+    def _text_language(self) -> Any:
+        """The same weights with inputs in floats, for texts that are embedded.
 
-def _make_decoder(package: NativePackage) -> Any:
+        Rounded inputs turn the default model's embedded texts four times as far from the exact ones as int8 weights alone do (1 - cosine
+        0.0031 and 0.0007 on 30 prompts), and a text is short: nobody waits for it.
+        """
+        language = self._language()
+        if not self.package.int8_inputs:
+            return language
+        if self._text_decoder is None:
+            self._text_decoder = _make_decoder(self.package, [])
+        return self._text_decoder
+
+
+def _make_decoder(package: NativePackage, int8_inputs: list[str]) -> Any:
     from rsvlm_infer import _C
 
     language = package.config.language
@@ -421,7 +435,7 @@ def _make_decoder(package: NativePackage) -> Any:
     settings = {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
     cache = "float32" if package.precision == "fp32" else "bfloat16"
     return _C.NativeDecoder(
-        weights=package.weights, settings=settings, frequencies=frequencies, cache=cache, int8_inputs=package.int8_inputs
+        weights=package.weights, settings=settings, frequencies=frequencies, cache=cache, int8_inputs=int8_inputs
     )
 
 

@@ -140,12 +140,14 @@ def test_the_manifest_says_which_matrices_round_their_inputs(tmp_path: Path) -> 
 
     scene, prompt = packed_scene(WIDE, 60, 60), [Prompt(np.arange(3, 40, dtype=np.int32))]
     exact = NativeBackend.load(write_package(tmp_path, WIDE, "fp32")[1])
-    found = {}
+    found, embedded = {}, []
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, inputs in (("integers", manifest["int8_inputs"]), ("floats", [])):
         (folder / "manifest.json").write_text(json.dumps(manifest | {"int8_inputs": inputs}))
         backend = NativeBackend.load(folder)
         found[name] = [backend.encode([scene])[0].handle.tokens, backend.prefill(prompt, 50)[0]]
+        embedded.append(backend.embed_text([prompt[0].token_ids]))
+    np.testing.assert_array_equal(*embedded)  # texts are embedded from inputs in floats either way
     expected = [exact.encode([scene])[0].handle.tokens, exact.prefill(prompt, 50)[0]]
     for integers, floats, right in zip(found["integers"], found["floats"], expected, strict=True):
         assert not np.array_equal(integers, floats)
