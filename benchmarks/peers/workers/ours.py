@@ -39,7 +39,8 @@ class Model:
         self.tiles = Tiles(job.inputs)
         self.image = Path(json.loads((job.inputs / "caption.json").read_text(encoding="utf-8"))["image"])
         self.scene = prepare_scene(self.image, self.rsvlm.config, SceneSettings())
-        self.engines = {"": Engine(self.backend, draft_tokens=0), ", drafts": Engine(self.backend)}
+        guessing = Engine(self.backend, draft_table=self.rsvlm.engine.draft_table)
+        self.engines = {"": Engine(self.backend, draft_tokens=0), ", drafts": guessing}
         self.cache: Any = None
 
     def forget(self) -> None:
