@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import BaseError, CCompilerError
 
@@ -22,6 +22,9 @@ SLOWER = (
     "cue_search (uses numpy) and the model's ops (use torch). "
     "Install a C++17 compiler and reinstall to get the native versions."
 )
+
+
+ParallelCompile().install()  # files side by side on all cores: one after another they take minutes
 
 
 class OptionalBuildExt(build_ext):
