@@ -59,6 +59,7 @@ def measure(options: argparse.Namespace) -> list[report.Row]:
     """Prepares, runs the rounds, and makes the rows."""
     config = read_config(options.checkpoint)
     prepare.prepare_handout(options.checkpoint, options.image, options.folder)
+    prepare.write_caption_list(options.captions, options.image, options.folder)
     program = prepare.build_limits(options.folder)
     entries = [*our_entries(options.packages), *(peer for peer in contestants.PEERS if options.compiled or not peer.asked_for)]
     entries = [entry for entry in entries if options.only is None or any(word in entry.name for word in options.only)]
@@ -109,6 +110,11 @@ def main() -> None:
     parser.add_argument("--packages", nargs="+", type=Path, required=True, help="exported packages of that checkpoint")
     parser.add_argument(
         "--image", type=Path, required=True, help="picture of 224 x 224 px to caption; tiles are its folder's first 32"
+    )
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        help="RSICD folder whose test images show what guesses are worth; default: the pictures beside IMAGE",
     )
     parser.add_argument(
         "--folder", type=Path, default=default_folder(), help="of environments and converted models; default %(default)s"

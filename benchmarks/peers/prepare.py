@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from benchmarks.peers.contestants import Entry
 from benchmarks.peers.environments import last_error, python_of, read_status
 from rsvlm_infer.bench.evaluate import checkpoint_digest
 from rsvlm_infer.errors import MissingDependencyError
+from rsvlm_infer.evaluation.datasets import read_rsicd
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = {
@@ -42,6 +44,21 @@ def prepare_handout(checkpoint: Path, image: Path, folder: Path) -> None:
         shutil.rmtree(folder / part, ignore_errors=True)
     write_handout(checkpoint, image, folder)
     stamp.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+
+
+def write_caption_list(captions: Path | None, image: Path, folder: Path) -> None:
+    """`inputs/captions.json`: pictures whose captions tell what guessed tokens are worth, in an order that has nothing to do with names.
+
+    Args:
+        captions: an RSICD folder, whose test split is taken: guesses were trained on the train split; None = the pictures beside `image`.
+    """
+    if captions is None:
+        pictures = sorted(path for path in image.parent.iterdir() if path.suffix == image.suffix)
+    else:
+        pictures = [item.path for item in read_rsicd(captions, "test")]
+    random.Random(0).shuffle(pictures)
+    text = json.dumps([str(path.resolve()) for path in pictures])
+    (folder / "inputs" / "captions.json").write_text(text + "\n", encoding="utf-8")
 
 
 def why_not(entry: Entry, folder: Path) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.peers import driver
-from benchmarks.peers.prepare import ROOT
+from benchmarks.peers.prepare import ROOT, write_caption_list
 from benchmarks.peers.workers import texts
 from benchmarks.peers.workers.tiles import Tiles, cosine, tile_works
 
@@ -132,3 +132,24 @@ def test_tiles_come_back_in_their_own_order_from_buckets_and_padding(tmp_path: P
         assert answer["cosine"] == pytest.approx(1.0)
     assert sizes == [(1, 4), (4, 4), (2, 4), (1, 1), (1, 9)]
     assert cosine(np.array([1.0, 0.0], np.float32), np.array([1.0, 1.0], np.float32)) == pytest.approx(0.5**0.5)
+
+
+def test_captions_are_of_the_test_split_or_of_the_pictures_beside_the_image(tmp_path: Path) -> None:
+    rsicd = tmp_path / "rsicd"
+    (rsicd / "images").mkdir(parents=True)
+    (tmp_path / "inputs").mkdir()
+    entries = [
+        {"filename": f"{name}.jpg", "split": split, "theme": "port", "captions": ["a port"]}
+        for name, split in [("b", "test"), ("a", "test"), ("c", "train")]
+    ]
+    (rsicd / "captions.json").write_text(json.dumps(entries), encoding="utf-8")
+    for name in ("a.jpg", "b.jpg", "c.jpg", "notes.txt"):
+        (rsicd / "images" / name).touch()
+
+    def listed(captions: Path | None) -> list[str]:
+        write_caption_list(captions, rsicd / "images" / "c.jpg", tmp_path)
+        return [Path(name).name for name in json.loads((tmp_path / "inputs" / "captions.json").read_text(encoding="utf-8"))]
+
+    assert sorted(listed(rsicd)) == ["a.jpg", "b.jpg"]
+    assert sorted(listed(None)) == ["a.jpg", "b.jpg", "c.jpg"]
+    assert listed(None) == listed(None), "every run and every package meets the same pictures"

@@ -24,7 +24,7 @@ from rsvlm_infer.tasks.caption import CAPTION_PROMPT
 from rsvlm_infer.tasks.generation import GenerationSettings, build_request
 from rsvlm_infer.tasks.scene import SceneSettings, prepare_scene
 
-CAPTIONS = 6  # pictures whose captions tell what guessed tokens are worth
+CAPTIONS = 20  # pictures a round whose captions tell what guessed tokens are worth
 CAPTION_TOKENS = 40
 
 
@@ -38,6 +38,7 @@ class Model:
         self.backend = self.rsvlm.backend
         self.tiles = Tiles(job.inputs)
         self.image = Path(json.loads((job.inputs / "caption.json").read_text(encoding="utf-8"))["image"])
+        self.pictures = [Path(name) for name in json.loads((job.inputs / "captions.json").read_text(encoding="utf-8"))]
         self.scene = prepare_scene(self.image, self.rsvlm.config, SceneSettings())
         guessing = Engine(self.backend, draft_table=self.rsvlm.engine.draft_table)
         self.engines = {"": Engine(self.backend, draft_tokens=0), ", drafts": guessing}
@@ -76,8 +77,7 @@ class Model:
 
     def captions(self, round_index: int) -> Answer:
         """Seconds per token of whole captions of several pictures, with and without guessed tokens, and how many guesses came true."""
-        pictures = sorted(path for path in self.image.parent.iterdir() if path.suffix == self.image.suffix)
-        pictures = [pictures[(round_index * CAPTIONS + place) % len(pictures)] for place in range(CAPTIONS)]
+        pictures = [self.pictures[(round_index * CAPTIONS + place) % len(self.pictures)] for place in range(CAPTIONS)]
         seconds, tokens = dict.fromkeys(self.engines, 0.0), dict.fromkeys(self.engines, 0)
         before = dataclasses.replace(self.engines[", drafts"].drafts)
         for picture in pictures:
