@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import mmap
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -126,13 +127,14 @@ class Package:
 
     @contextlib.contextmanager
     def _hashes(self) -> Iterator[dict[str, Future[str]]]:
-        """The sha256 of each file, one file per core at a time, the largest first."""
+        """The sha256 of each file, one file per core at a time. The body begins when the largest file, the first, is being read."""
         files: Mapping[str, Any] = self.manifest["files"]
+        largest_first = sorted(files, key=lambda name: files[name]["bytes"], reverse=True)
+        begun = threading.Event()
         with ThreadPoolExecutor(usable_cores()) as pool:
-            yield {
-                name: pool.submit(mapped_sha256, self.path / name)
-                for name in sorted(files, key=lambda name: files[name]["bytes"], reverse=True)
-            }
+            hashes = {name: pool.submit(mapped_sha256, self.path / name, begun) for name in largest_first[:1]}
+            begun.wait()
+            yield hashes | {name: pool.submit(mapped_sha256, self.path / name) for name in largest_first[1:]}
 
     def _differences(self, hashes: Mapping[str, Future[str]]) -> list[str]:
         found = []
@@ -143,16 +145,21 @@ class Package:
         return found
 
 
-def mapped_sha256(path: Path) -> str:
-    """Hex sha256 of a file, in calls so long that other threads can hold Python's lock meanwhile."""
+def mapped_sha256(path: Path, begun: threading.Event | None = None) -> str:
+    """Hex sha256 of a file, in calls so long that other threads can hold Python's lock meanwhile; `begun` is set before the first."""
+    begun = begun or threading.Event()
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        length = path.stat().st_size
-        for start in range(0, length, HASHED_BYTES):
-            with mmap.mmap(file.fileno(), min(HASHED_BYTES, length - start), access=mmap.ACCESS_READ, offset=start) as part:
-                if hasattr(mmap, "MADV_SEQUENTIAL"):
-                    part.madvise(mmap.MADV_SEQUENTIAL)
-                digest.update(part)
+    try:
+        with path.open("rb") as file:
+            length = path.stat().st_size
+            for start in range(0, length, HASHED_BYTES):
+                with mmap.mmap(file.fileno(), min(HASHED_BYTES, length - start), access=mmap.ACCESS_READ, offset=start) as part:
+                    if hasattr(mmap, "MADV_SEQUENTIAL"):
+                        part.madvise(mmap.MADV_SEQUENTIAL)
+                    begun.set()
+                    digest.update(part)
+    finally:
+        begun.set()  # an empty file, or one that cannot be read, keeps nobody waiting
     return digest.hexdigest()
 
 

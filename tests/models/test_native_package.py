@@ -124,8 +124,10 @@ def test_a_wrong_header_is_refused_without_reading_hashes(package: Path) -> None
 def test_files_are_hashed_while_the_body_runs(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running, hashed = threading.Event(), []
 
-    def hash_later(path: Path) -> str:
-        assert running.wait(30), "the hashes must not end before the body begins"
+    def hash_later(path: Path, begun: threading.Event | None = None) -> str:
+        if begun is not None:
+            begun.set()
+        assert running.wait(30), "the body must begin before the hashes end"
         hashed.append(path.name)
         return mapped_sha256(path)
 
@@ -143,7 +145,16 @@ def test_a_file_is_hashed_part_by_part(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("rsvlm_infer.models.package.HASHED_BYTES", mmap.ALLOCATIONGRANULARITY)
     content = np.random.default_rng(parts).bytes(max(0, parts * mmap.ALLOCATIONGRANULARITY + more))
     (tmp_path / "file").write_bytes(content)
-    assert mapped_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    begun = threading.Event()
+    assert mapped_sha256(tmp_path / "file", begun) == hashlib.sha256(content).hexdigest()
+    assert begun.is_set()
+
+
+def test_a_file_that_cannot_be_read_keeps_nobody_waiting(package: Path) -> None:
+    opened = NativePackage.open(package, verify=False)
+    (package / "weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"weights\.safetensors"):
+        opened.verify()
 
 
 def test_damage_is_told_and_not_what_it_broke(package: Path) -> None:
@@ -162,7 +173,7 @@ def test_a_loaded_model_has_compared_every_file(package: Path) -> None:
 
 
 def test_what_cannot_run_is_refused_before_files_are_read(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rsvlm_infer.models.package.mapped_sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("rsvlm_infer.models.package.mapped_sha256", lambda path, *_: pytest.fail(f"{path} was read"))
     for backend, precision, words in (
         ("eager", "auto", "use 'native'"),
         ("native", "int4", "precision of this package is bf16"),
