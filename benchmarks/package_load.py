@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 from rsvlm_infer import RSVLM
-from rsvlm_infer.backends import load_backend
 from rsvlm_infer.backends.native import NativeBackend
 
 
@@ -28,9 +27,10 @@ def main() -> None:
     found = {"imported_rss_mb": status_mb("VmHWM")}
     NativeBackend.load(package, verify=False)
     start, start_cpu = time.perf_counter(), time.process_time()
-    load_backend(package)
+    model = RSVLM.from_pretrained(package)
     found |= {"load_s": time.perf_counter() - start, "load_cpu_s": time.process_time() - start_cpu}
-    RSVLM.from_pretrained(package).caption(image)
+    found["loaded_rss_mb"] = status_mb("VmHWM")
+    model.caption(image)
     found["peak_rss_mb"] = status_mb("VmHWM")
     found["anonymous_mb"] = status_mb("RssAnon")
     assert "torch" not in sys.modules

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import numpy as np
 import numpy.typing as npt
 
-from .backends import load_backend
+from .backends import load_backend, require_backend
 from .backends.base import Backend, DraftingBackend, Embeddings, ImageFeatures, Query
 from .config import LEVELS, RsvlmConfig, Tiling
 from .contract import DRAFTS
@@ -26,6 +26,7 @@ from .engine.request import Request
 from .errors import CheckpointError, InputError, RsvlmError
 from .models.checkpoint import folder_digest
 from .models.draft_table import DraftTable
+from .models.package import Package, is_package
 from .scenes.answers import DEFAULT_BATCH, SceneAnswers
 from .scenes.record import Mode
 from .scenes.run import open_scene_run
@@ -124,11 +125,17 @@ class RSVLM:
         if not folder.is_dir():
             step = "run `rsvlm pull` to make the default checkpoint" if path is None else "pass a folder that holds config.json"
             raise CheckpointError(f"checkpoint folder {folder} does not exist; {step}")
-        loaded, drafts = load_backend(folder, backend, precision), folder / DRAFTS
-        table = None
+        if is_package(folder):
+            require_backend(folder, backend, precision)  # before much is read
+            with Package.open(folder).verifying():  # in other threads: hashes take about as long as the tokenizer
+                tokenizer = Tokenizer.from_folder(folder)
+            loaded = load_backend(folder, backend, precision, verify=False)
+        else:
+            loaded, tokenizer = load_backend(folder, backend, precision), Tokenizer.from_folder(folder)
+        table, drafts = None, folder / DRAFTS
         if isinstance(loaded, DraftingBackend) and loaded.config.language is not None and drafts.is_file():
             table = DraftTable.load(drafts, loaded.config.language.vocab_size)
-        return cls(loaded, Tokenizer.from_folder(folder), draft_table=table, folder=folder)
+        return cls(loaded, tokenizer, draft_table=table, folder=folder)
 
     @property
     def config(self) -> RsvlmConfig:
@@ -445,9 +452,7 @@ class RSVLM:
     def _encode(self, prepared: Sequence[PreparedScene], text: str | None) -> list[ImageFeatures]:
         if not prepared:
             return []
-        query = None
-        if text is not None and self.config.augmentation is not None:
-            query = self._query(text)
+        query = None if text is None or self.config.augmentation is None else self._query(text)
         return self.backend.encode([item.packed for item in prepared], [query] * len(prepared))
 
     def _region_scores(self, text: str | None) -> RegionScores | None:

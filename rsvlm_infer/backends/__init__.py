@@ -11,7 +11,7 @@ from pathlib import Path
 from ..contract import KIND_PRECISIONS
 from ..errors import BackendError, MissingDependencyError
 from ..hardware import native_why_not
-from ..models.package import package_kind, read_manifest
+from ..models.package import is_package, package_kind, read_manifest
 from .base import Backend, DraftingBackend, Embeddings, GreedyBackend, ImageFeatures, Prompt, Query
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Query",
     "choose_backend",
     "load_backend",
+    "require_backend",
     "why_not",
 ]
 
@@ -102,16 +103,12 @@ def _say(choice: BackendChoice, path: str) -> None:
     _log.info("backend auto for %s is %s", path, choice)
 
 
-def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") -> Backend:
-    """Loads a checkpoint folder, or an exported package, into a backend.
-
-    Args:
-        path: checkpoint or package folder. name: "auto" = see `choose_backend`. precision: "auto" = the package's, else the backend's
-            first.
+def require_backend(path: str | Path, name: str = "auto", precision: str = "auto") -> tuple[str, str]:
+    """The backend and the precision that `load_backend` would take; only configs and manifests are read.
 
     Raises:
         BackendError: an unknown backend or precision, or one that does not read this kind of folder. MissingDependencyError: none can
-            run here. CheckpointError: a bad folder.
+            run here. CheckpointError: a manifest that this version does not read.
     """
     reader = package_kind(path)  # a kind has the name of the backend that reads it
     chosen = name
@@ -128,13 +125,34 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
         step = f'use {reader!r} or "auto"' if reader else "export it first with `rsvlm export`, or use another backend"
         raise BackendError(f"backend {chosen!r} does not read {path}, which is {kind}; {step}")
     if reader is not None:
-        return _load_package(Path(path), chosen, precision)
+        own = str(read_manifest(Path(path))["precision"])
+        if precision not in ("auto", own):
+            raise BackendError(
+                f'precision of this package is {own}, asked was {precision!r}; use "auto", or export it with --precision {precision}'
+            )
+        return chosen, own
     precisions = BACKENDS[chosen]
     if precision != "auto" and precision not in precisions:
         raise BackendError(
             f'precision of backend {chosen!r} must be "auto" or one of {list(precisions)}, got {precision!r}; choose one'
         )
-    precision = precisions[0] if precision == "auto" else precision
+    return chosen, precisions[0] if precision == "auto" else precision
+
+
+def load_backend(path: str | Path, name: str = "auto", precision: str = "auto", *, verify: bool = True) -> Backend:
+    """Loads a checkpoint folder, or an exported package, into a backend.
+
+    Args:
+        path: checkpoint or package folder. name: "auto" = see `choose_backend`. precision: "auto" = the package's, else the backend's
+            first. verify: read all files of a package and compare their sha256; False is for who has done that.
+
+    Raises:
+        BackendError: an unknown backend or precision, or one that does not read this kind of folder. MissingDependencyError: none can
+            run here. CheckpointError: a bad folder.
+    """
+    chosen, precision = require_backend(path, name, precision)
+    if is_package(path):
+        return _load_package(Path(path), chosen, verify)
     if chosen == "cuda":
         from .cuda import CudaBackend
 
@@ -144,20 +162,15 @@ def load_backend(path: str | Path, name: str = "auto", precision: str = "auto") 
     return EagerBackend.load(Path(path), precision)
 
 
-def _load_package(path: Path, name: str, precision: str) -> Backend:
-    own = read_manifest(path)["precision"]
-    if precision not in ("auto", own):
-        raise BackendError(
-            f'precision of this package is {own}, asked was {precision!r}; use "auto", or export it with --precision {precision}'
-        )
+def _load_package(path: Path, name: str, verify: bool) -> Backend:
     if name == "native":
         from .native import NativeBackend
 
-        return NativeBackend.load(path)
+        return NativeBackend.load(path, verify=verify)
     if name == "tensorrt":
         from .tensorrt import TensorrtBackend
 
-        return TensorrtBackend.load(path)
+        return TensorrtBackend.load(path, verify=verify)
     from .onnx import OnnxBackend
 
-    return OnnxBackend.load(path, name.partition(":")[2] or "cpu")
+    return OnnxBackend.load(path, name.partition(":")[2] or "cpu", verify=verify)

@@ -77,14 +77,16 @@ class TensorrtBackend(OnnxBackend):
         self.tiles_per_call = min(int(profile["axes"]["T"]["most"]) for profile in self._profiles[VISION])
 
     @classmethod
-    def load(cls, path: Path, provider: str = "cpu") -> TensorrtBackend:
-        """From a package folder, for the first CUDA device; `provider` is onnxruntime's and means nothing here.
+    def load(cls, path: Path, provider: str = "cpu", *, verify: bool = True) -> TensorrtBackend:
+        """From a package folder, for the first CUDA device; `provider` is onnxruntime's and means nothing here. `verify` reads every
+        file and compares it with the manifest first.
 
         Raises:
             CheckpointError: a damaged, foreign or newer package. BackendError: it has no engines for this device and library.
         """
         package = Package.open(path)
-        package.verify()
+        if verify:
+            package.verify()
         device = cuda_memory.Device()
         knowledge = None if package.knowledge_folder is None else KnowledgeBase.load(package.knowledge_folder)
         if knowledge is not None and knowledge.embedder is not None:

@@ -20,7 +20,7 @@ from ..scenes.estimate import Estimate, estimate_job
 from ..scenes.job import Job, JobResult, Progress, Quarantined, WriteOutputs, run_job
 from ..scenes.job_file import JobFile, read_job_file
 from ..scenes.outputs import Overview, write_outputs
-from ..scenes.outputs.write import check_formats
+from ..scenes.outputs.write import check_formats, require_libraries
 from ..scenes.record import SceneHeader
 from ..scenes.settings import RunSettings
 from ..scenes.worker import LocalWorkers, Worker, Workers
@@ -81,6 +81,7 @@ def run(
 def run_job_file(file: JobFile, *, dry_run: bool, retry: bool, output_format: opt.Format) -> int:
     """Runs a job, or says what it would take, and gives the exit code."""
     formats = check_formats(file.formats, file.settings.mode)
+    require_libraries(formats)
     model = (file.settings, file.checkpoint, file.backend, file.precision)
     job = Job(
         scenes=file.scenes,

@@ -17,7 +17,7 @@ from ..pipeline import RSVLM
 from ..scenes.answers import DEFAULT_BATCH, SceneAnswers
 from ..scenes.job_file import JobFile, find_scenes
 from ..scenes.outputs import FORMATS, Overview, write_outputs
-from ..scenes.outputs.write import check_formats
+from ..scenes.outputs.write import check_formats, require_libraries
 from ..scenes.record import SceneHeader, WindowRecord
 from ..scenes.run import open_scene_run
 from ..scenes.settings import RunSettings
@@ -151,6 +151,7 @@ def scene(
         **budget,  # type: ignore[arg-type]
     )
     formats = () if output is None else check_formats([name.strip() for name in write.split(",")], mode.value)
+    require_libraries(formats)
     if len(sources) > 1 or dry_run or retry:
         if output is None:
             raise InputError(f"several scenes, --dry-run and --retry need --output, got {len(sources)} scenes; add -o FOLDER")

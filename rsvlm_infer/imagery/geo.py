@@ -24,6 +24,7 @@ from rasterio.windows import Window
 
 from ..errors import ImageReadError, InputError
 from .access import SAFE_DRIVERS
+from .acquired import acquired_time
 from .coarse import Blocks, Chunk, Coarse, chunks, coarse_factor, make_coarse, step_cache_bytes
 from .georeference import georeference
 from .source import COARSE_FROM_PX, DEFAULT_MAX_RAM, Scene, StretchChoice, check_stretch, choose_bands
@@ -190,6 +191,8 @@ class RasterScene(Scene):
         if self._georeference.crs is not None:
             self.crs, self.crs_wkt = self._georeference.crs.to_string(), self._georeference.wkt
         self.gsd_native_m = self.gsd_at(self.height / 2, self.width / 2)
+        acquired = acquired_time(dataset)
+        self.acquired = None if acquired is None else acquired.isoformat()
 
     def gsd_at(self, row: float, col: float) -> float | None:
         return self._georeference.gsd(row, col)

@@ -52,6 +52,7 @@ class Scene(ABC):
         transform: affine (a, b, c, d, e, f) from (column, row) to crs coordinates, or None.
         bounds: (left, bottom, right, top) in crs units, or None.
         lost: sentences about what the georeference does not say.
+        acquired: when it was taken as far as its tags say, ISO 8601 in UTC, or None.
         in_memory: a native read costs no decoding.
         all_valid: known without reading: there is no mask, no nodata and no NaN.
     """
@@ -66,6 +67,7 @@ class Scene(ABC):
     crs: str | None = None
     crs_wkt: str | None = None
     lost: tuple[str, ...] = ("there is no georeference: places are in pixels only",)
+    acquired: str | None = None
     transform: tuple[float, float, float, float, float, float] | None = None
     bounds: tuple[float, float, float, float] | None = None
     in_memory: bool = False

@@ -5,8 +5,13 @@ Every kind has the same manifest and is refused by the same code, in one line: f
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-from collections.abc import Mapping
+import mmap
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
@@ -26,9 +31,12 @@ from ..contract import (
     graph_contracts,
 )
 from ..errors import CheckpointError, ConfigError
-from .checkpoint import sha256_of
+from ..hardware import usable_cores
 
 MAX_JSON_BYTES = 16 << 20
+# Of a file, hashed in one call without Python's lock: parsing a tokenizer holds that lock as long as 128 MiB take, and between two calls
+# a hash would wait for it. No more of a file is mapped at a time, so that hashing stays below the memory of a first answer.
+HASHED_BYTES = 128 << 20
 AGAIN = "export it again with `rsvlm export`, or copy the whole folder again"
 
 
@@ -90,12 +98,8 @@ class Package:
 
     def damages(self) -> list[str]:
         """Files whose content is not what the manifest says, a few words each."""
-        found = []
-        for name, expected in self.manifest["files"].items():
-            digest = sha256_of(self.path / name)
-            if digest != expected["sha256"]:
-                found.append(f"{name} must have sha256 {expected['sha256'][:12]}, got {digest[:12]}")
-        return found
+        with self._hashes() as hashes:
+            return self._differences(hashes)
 
     def verify(self) -> None:
         """Reads every file.
@@ -103,9 +107,60 @@ class Package:
         Raises:
             CheckpointError: names every file that differs.
         """
-        found = self.damages()
-        if found:
-            raise problem(self.path, f"it is damaged: {'; '.join(found)}", AGAIN)
+        with self.verifying():
+            pass
+
+    @contextlib.contextmanager
+    def verifying(self) -> Iterator[None]:
+        """Reads every file in other threads while the body runs, and ends when both have ended.
+
+        Raises:
+            CheckpointError: names every file that differs, in place of what the body may have raised because of them.
+        """
+        with self._hashes() as hashes:
+            try:
+                yield
+            finally:
+                found = self._differences(hashes)
+                if found:
+                    raise problem(self.path, f"it is damaged: {'; '.join(found)}", AGAIN)
+
+    @contextlib.contextmanager
+    def _hashes(self) -> Iterator[dict[str, Future[str]]]:
+        """The sha256 of each file, one file per core at a time. The body begins when the largest file, the first, is being read."""
+        files: Mapping[str, Any] = self.manifest["files"]
+        largest_first = sorted(files, key=lambda name: files[name]["bytes"], reverse=True)
+        begun = threading.Event()
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            hashes = {name: pool.submit(mapped_sha256, self.path / name, begun) for name in largest_first[:1]}
+            begun.wait()
+            yield hashes | {name: pool.submit(mapped_sha256, self.path / name) for name in largest_first[1:]}
+
+    def _differences(self, hashes: Mapping[str, Future[str]]) -> list[str]:
+        found = []
+        for name, expected in self.manifest["files"].items():
+            digest = hashes[name].result()
+            if digest != expected["sha256"]:
+                found.append(f"{name} must have sha256 {expected['sha256'][:12]}, got {digest[:12]}")
+        return found
+
+
+def mapped_sha256(path: Path, begun: threading.Event | None = None) -> str:
+    """Hex sha256 of a file, in calls so long that other threads can hold Python's lock meanwhile; `begun` is set before the first."""
+    begun = begun or threading.Event()
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            length = path.stat().st_size
+            for start in range(0, length, HASHED_BYTES):
+                with mmap.mmap(file.fileno(), min(HASHED_BYTES, length - start), access=mmap.ACCESS_READ, offset=start) as part:
+                    if hasattr(mmap, "MADV_SEQUENTIAL"):
+                        part.madvise(mmap.MADV_SEQUENTIAL)
+                    begun.set()
+                    digest.update(part)
+    finally:
+        begun.set()  # an empty file, or one that cannot be read, keeps nobody waiting
+    return digest.hexdigest()
 
 
 def read_package(folder: Path) -> tuple[Path, dict[str, Any], RsvlmConfig]:

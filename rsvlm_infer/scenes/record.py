@@ -39,6 +39,7 @@ class SceneHeader:
     transform: affine (a, b, c, d, e, f) from (column, row) to crs coordinates. stretch_low, stretch_high: the scene's one stretch per
     shown band, empty when uint8 values are shown as they are. prompt_hash, config_hash, model_hash: sha256 in hex.
     empty_px, uniform_px: native pixels in windows that were skipped. lost: sentences about what the georeference does not say.
+    acquired: when the scene was taken by its own tags, ISO 8601 in UTC, None when they do not say.
     """
 
     source: str
@@ -60,6 +61,7 @@ class SceneHeader:
     empty_px: int = 0
     uniform_px: int = 0
     lost: tuple[str, ...] = ()
+    acquired: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

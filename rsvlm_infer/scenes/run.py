@@ -91,6 +91,7 @@ class OpenedSceneRun:
             empty_px=selection.empty_px,
             uniform_px=selection.uniform_px,
             lost=scene.lost,
+            acquired=scene.acquired,
         )
         ahead = settings.max_ram_bytes // _AHEAD_SHARE
         self._reader = None if settings.grid is None else WindowReader(scene, self.windows, ahead)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -223,6 +225,66 @@ def test_what_is_wrong_is_one_line(
     assert words in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out" / "job.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
+def test_a_format_that_cannot_be_written_stops_the_job_before_it_begins(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    write_job: WriteJob,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+) -> None:
+    monkeypatch.setattr("rsvlm_infer.scenes.outputs.write.library_version", lambda name: None if name == "jinja2" else "1")
+    monkeypatch.setattr(RSVLM, "from_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    job = write_job('formats = ["geojson", "html"]')
+    code, out, err = run(capsys, "run", job, *arguments)
+    assert (code, out) == (1, "")
+    assert err == (
+        "rsvlm: formats ['html'] need jinja2, not installed here; pip install 'rsvlm-infer[report]', or leave these formats out\n"
+    )
+    assert not (tmp_path / "out").exists()
+    scene = str(tmp_path / "scenes" / "roofs.png")
+    assert run(capsys, "scene", scene, "-o", str(tmp_path / "out"), "--write", "html", *arguments) == (code, out, err)
+
+
+def test_items_say_when_a_scene_was_taken_also_after_a_break(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    write_job: WriteJob,
+    backend: TellingBackend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    pixels = np.random.default_rng(0).integers(0, 200, (3, 56, 84), dtype=np.uint8)
+    place = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_500_000)}
+    for name, tags in (("dated", {"TIFFTAG_DATETIME": "2020:08:31 17:04:05"}), ("undated", {})):
+        path = tmp_path / "scenes" / f"{name}.tif"
+        with rasterio.open(path, "w", driver="GTiff", height=56, width=84, count=3, dtype="uint8", **place) as made:
+            made.write(pixels)
+            made.update_tags(**tags)
+    job = write_job('formats = ["stac"]', "micro_batch = 1", scenes='["scenes/*.tif"]')
+    assert run(capsys, "run", job)[0] == 0
+    whole = contents(tmp_path / "out")
+    times = [json.loads(whole[f"{name}/{name}.stac.json"])["properties"]["datetime"] for name in ("dated", "undated")]
+    assert times == ["2020-08-31T17:04:05Z", None]
+    assert json.loads(whole["dated/header.json"])["acquired"] == "2020-08-31T17:04:05+00:00"
+
+    shutil.rmtree(tmp_path / "out")
+    prefill, calls = backend.prefill, iter(range(3))
+
+    def broken(*arguments: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return prefill(*arguments)
+
+    monkeypatch.setattr(backend, "prefill", broken)
+    assert run(capsys, "run", job)[0] not in (0, 3)
+    assert "dated/dated.stac.json" not in contents(tmp_path / "out")
+    monkeypatch.setattr(backend, "prefill", prefill)
+    code, out, _ = run(capsys, "run", job)
+    assert (code, out) == (0, f"{tmp_path / 'out'}\t12 of 12 windows of 2 scenes answered, 9 of them now\n")
+    assert contents(tmp_path / "out") == whole
 
 
 def test_a_backend_that_cannot_run_stops_the_job(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rsvlm_infer import RSVLM
 from rsvlm_infer.backends import load_backend
 from rsvlm_infer.contract import FORMAT_VERSION, PRECISIONS, graph_contracts
 from rsvlm_infer.errors import BackendError, CheckpointError, InputError, RsvlmError
@@ -36,13 +37,14 @@ def _edit(package: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _refused(package: Path, *words: str, error: type[RsvlmError] = CheckpointError) -> None:
-    with pytest.raises(error) as caught:
-        load_backend(package)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert "; " in text  # the next step
-    for word in words:
-        assert word in text
+    for load in (load_backend, RSVLM.from_pretrained):
+        with pytest.raises(error) as caught:
+            load(package)
+        text = str(caught.value)
+        assert "\n" not in text
+        assert "; " in text  # the next step
+        for word in words:
+            assert word in text
 
 
 def test_manifest_says_what_the_package_is(pair: Get) -> None:

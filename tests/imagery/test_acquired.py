@@ -11,6 +11,7 @@ from PIL import Image
 
 from rsvlm_infer.errors import InputError
 from rsvlm_infer.imagery.acquired import acquired_of, parse_time
+from rsvlm_infer.imagery.source import open_scene
 
 
 def tagged(path: Path, **tags: str) -> Path:
@@ -47,12 +48,17 @@ def tagged(path: Path, **tags: str) -> Path:
     ],
 )
 def test_tags_say_when(tags: dict[str, str], expected: datetime | None, tmp_path: Path) -> None:
-    assert acquired_of(tagged(tmp_path / "a.tif", **tags)) == expected
+    path = tagged(tmp_path / "a.tif", **tags)
+    assert acquired_of(path) == expected
+    with open_scene(path) as scene, scene.twin() as twin:
+        assert scene.acquired == twin.acquired == (None if expected is None else expected.isoformat())
 
 
 def test_other_files_do_not_say(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.png")
     assert acquired_of(tmp_path / "a.png") is None
+    with open_scene(tmp_path / "a.png") as scene:
+        assert scene.acquired is None
     (tmp_path / "bad.tif").write_bytes(b"II*\0nothing")
     assert acquired_of(tmp_path / "bad.tif") is None
     assert acquired_of(tmp_path / "none.tif") is None

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import mmap
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rsvlm_infer.errors import CheckpointError
+from rsvlm_infer import RSVLM
+from rsvlm_infer.errors import BackendError, CheckpointError
 from rsvlm_infer.models.native_package import NativePackage, map_weights, write_weights
-from rsvlm_infer.models.package import is_package
+from rsvlm_infer.models.package import is_package, mapped_sha256
 from tests.conftest import REPOSITORY
 from tests.native import needs_native
 
@@ -115,6 +119,67 @@ def test_a_wrong_header_is_refused_without_reading_hashes(package: Path) -> None
     _flip(package / "weights.safetensors", 0)
     with pytest.raises(CheckpointError, match="must be one of a native package"):
         NativePackage.open(package, verify=False)
+
+
+def test_files_are_hashed_while_the_body_runs(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, hashed = threading.Event(), []
+
+    def hash_later(path: Path, begun: threading.Event | None = None) -> str:
+        if begun is not None:
+            begun.set()
+        assert running.wait(30), "the body must begin before the hashes end"
+        hashed.append(path.name)
+        return mapped_sha256(path)
+
+    monkeypatch.setattr("rsvlm_infer.models.package.mapped_sha256", hash_later)
+    opened = NativePackage.open(package, verify=False)
+    with opened.verifying():
+        assert not hashed
+        running.set()
+    assert sorted(hashed) == sorted(opened.manifest["files"])
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2])
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_a_file_is_hashed_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, more: int) -> None:
+    monkeypatch.setattr("rsvlm_infer.models.package.HASHED_BYTES", mmap.ALLOCATIONGRANULARITY)
+    content = np.random.default_rng(parts).bytes(max(0, parts * mmap.ALLOCATIONGRANULARITY + more))
+    (tmp_path / "file").write_bytes(content)
+    begun = threading.Event()
+    assert mapped_sha256(tmp_path / "file", begun) == hashlib.sha256(content).hexdigest()
+    assert begun.is_set()
+
+
+def test_a_file_that_cannot_be_read_keeps_nobody_waiting(package: Path) -> None:
+    opened = NativePackage.open(package, verify=False)
+    (package / "weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"weights\.safetensors"):
+        opened.verify()
+
+
+def test_damage_is_told_and_not_what_it_broke(package: Path) -> None:
+    file = package / "tokenizer.json"
+    file.write_bytes(b"x" * file.stat().st_size)
+    with pytest.raises(CheckpointError, match=r"it is damaged: tokenizer\.json must have sha256") as caught:
+        RSVLM.from_pretrained(package)
+    assert "must be a JSON object" in str(caught.value.__context__)  # the tokenizer was read beside the hashes
+
+
+def test_a_loaded_model_has_compared_every_file(package: Path) -> None:
+    assert RSVLM.from_pretrained(package).backend.name == "native"
+    _flip(package / "weights.safetensors", -5)
+    with pytest.raises(CheckpointError, match=r"it is damaged: weights\.safetensors must have sha256"):
+        RSVLM.from_pretrained(package)
+
+
+def test_what_cannot_run_is_refused_before_files_are_read(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsvlm_infer.models.package.mapped_sha256", lambda path, *_: pytest.fail(f"{path} was read"))
+    for backend, precision, words in (
+        ("eager", "auto", "use 'native'"),
+        ("native", "int4", "precision of this package is bf16"),
+    ):
+        with pytest.raises(BackendError, match=words):
+            RSVLM.from_pretrained(package, backend, precision)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(package: Path) -> None:

@@ -48,8 +48,8 @@ class DyingOpener(FakeOpener):
         return DyingRun(self, source, plain.budget, plain.values)
 
 
-def load(log: Path, memory_windows: int = 1000) -> FakeOpener:
-    return DyingOpener(log.with_name(f"{log.name}.{os.getpid()}"), pause_s=0.005, memory_windows=memory_windows)
+def load(log: Path, memory_windows: int = 1000, pause_s: float = 0.005) -> FakeOpener:
+    return DyingOpener(log.with_name(f"{log.name}.{os.getpid()}"), pause_s=pause_s, memory_windows=memory_windows)
 
 
 def refuse() -> FakeOpener:
@@ -100,7 +100,8 @@ class TestOnRay:
             Job(scenes=tuple(scenes), output=tmp_path / "local", job_hash="job"),
             LocalWorkers(FakeOpener(tmp_path / "local.log")),
         )
-        result = on_ray(tmp_path / "ray", scenes, functools.partial(load, tmp_path / "log"))
+        # slow windows: a worker that a busy machine halts for half a second must not leave the other one everything
+        result = on_ray(tmp_path / "ray", scenes, functools.partial(load, tmp_path / "log", pause_s=0.02))
         assert result == local
         assert len(result.quarantined) == 3
         assert contents(tmp_path / "ray") == contents(tmp_path / "local")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ...errors import InputError
+from ...errors import InputError, MissingDependencyError
+from ...hardware import library_version
 from ...imagery.source import open_scene
 from ..record import SceneHeader, WindowRecord
 from .geojson import write_geojson
@@ -26,6 +27,14 @@ SUFFIXES = {
     "stac": ".stac.json",
 }
 FORMATS = tuple(SUFFIXES)
+# format -> the library without which none of it is written, and the extra that brings it. A crs needs rasterio too, but a scene that has
+# one was opened by it.
+NEEDS = {
+    "geoparquet": ("pyarrow", "geo"),
+    "relevance": ("rasterio", "geo"),
+    "quicklook": ("matplotlib", "report"),
+    "html": ("jinja2", "report"),
+}
 
 ReadOverview = Callable[[SceneHeader], Overview]
 
@@ -49,6 +58,21 @@ def check_formats(formats: Sequence[str], mode: str | None = None) -> tuple[str,
     return tuple(name for name in FORMATS if name in formats)
 
 
+def require_libraries(formats: Sequence[str]) -> None:
+    """Whether all formats can be written here, told before work is spent on their contents. Libraries are looked up, not loaded.
+
+    Raises:
+        MissingDependencyError: names every library that is not installed, the formats that need it, and what to install.
+    """
+    missing = [name for name in formats if name in NEEDS and library_version(NEEDS[name][0]) is None]
+    if missing:
+        libraries, extras = (list(dict.fromkeys(NEEDS[name][part] for name in missing)) for part in (0, 1))
+        raise MissingDependencyError(
+            f"formats {missing} need {', '.join(libraries)}, not installed here; pip install 'rsvlm-infer[{','.join(extras)}]', or "
+            "leave these formats out"
+        )
+
+
 def read_overview(header: SceneHeader) -> Overview:
     """The overview of a header's source, opened with the defaults of `open_scene`."""
     with open_scene(header.source) as scene:
@@ -70,7 +94,7 @@ def write_outputs(
 
     Each file appears under its name when it is whole. name: what the files are called, without suffix; default the source's stem.
     read_overview: gives the picture for quick-look and page; called only when one of them is asked for. acquired, model_href: for
-    the STAC item, see `write_stac`.
+    the STAC item, see `write_stac`; without `acquired` it is the header's.
 
     Raises:
         InputError: a format that does not exist or does not fit the mode, records of windows outside the scene, or a file that
@@ -79,6 +103,7 @@ def write_outputs(
         ImageReadError: the source cannot be read for its picture.
     """
     chosen = check_formats(formats, header.mode)
+    require_libraries(chosen)
     check_records(header, records)
     name = name or Path(header.source).stem or "scene"
     rows = output_rows(header, records)
@@ -93,7 +118,7 @@ def write_outputs(
             write_relevance(path, header, records)
         elif output_format == "stac":
             described = {other: file for other, file in files.items() if other != "stac"}
-            write_stac(path, header, records, described, acquired, model_href)
+            write_stac(path, header, records, described, acquired or header.acquired, model_href)
         else:
             assert overview is not None
             if output_format == "quicklook":

@@ -125,5 +125,10 @@ def test_time_is_the_acquisition_or_an_interval_that_holds_it(tmp_path: Path) ->
     known = item(tmp_path, header("find"), acquired="2020-08-31T19:04:05+02:00")["properties"]
     assert known["datetime"] == "2020-08-31T17:04:05Z"
     assert "start_datetime" not in known
+    own = header("find", acquired="2019-01-02T03:04:05+00:00")
+    assert item(tmp_path, own)["properties"]["datetime"] == "2019-01-02T03:04:05Z"
+    assert (
+        item(tmp_path, own, acquired="2020-08-31")["properties"]["datetime"] == "2020-08-31T00:00:00Z"
+    )  # who says it knows better
     with pytest.raises(InputError, match="acquired must be an ISO 8601 time, got 'last summer'"):
         item(tmp_path, header("find"), acquired="last summer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from PIL import Image
 from rsvlm_infer.errors import ImageReadError, InputError, MissingDependencyError
 from rsvlm_infer.scenes.outputs import FORMATS, file_name, write_outputs
 from rsvlm_infer.scenes.outputs.files import number, replacing
+from rsvlm_infer.scenes.outputs.write import NEEDS, require_libraries
 from rsvlm_infer.scenes.record import GridWindow, PixelWindow, WindowRecord
+from tests.conftest import REPOSITORY
 from tests.scenes.outputs.cases import header, overview, records, slower
 
 
@@ -83,7 +86,12 @@ def test_the_picture_comes_from_the_source_unless_the_caller_has_it(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("output_format", "module", "extra"),
-    [("geoparquet", "pyarrow", "geo"), ("relevance", "rasterio", "geo"), ("html", "jinja2", "report")],
+    [
+        ("geoparquet", "pyarrow", "geo"),
+        ("relevance", "rasterio", "geo"),
+        ("quicklook", "matplotlib", "report"),
+        ("html", "jinja2", "report"),
+    ],
 )
 def test_an_absent_package_is_named_with_its_extra(
     output_format: str, module: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -92,8 +100,26 @@ def test_an_absent_package_is_named_with_its_extra(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingDependencyError, match=rf"rsvlm-infer\[{extra}\]"):
-        write_outputs(plain(), records(), tmp_path, [output_format], read_overview=overview)
+        write_outputs(plain(), records(), tmp_path, ["geojson", output_format], read_overview=overview)
     assert not list(tmp_path.iterdir())
+
+
+def test_all_absent_packages_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_libraries(("geojson", "stac"))
+    monkeypatch.setattr("rsvlm_infer.scenes.outputs.write.library_version", lambda name: None)
+    require_libraries(("geojson", "stac"))  # need nothing of their own
+    with pytest.raises(MissingDependencyError) as caught:
+        require_libraries(FORMATS)
+    assert str(caught.value) == (
+        "formats ['geoparquet', 'relevance', 'quicklook', 'html'] need pyarrow, rasterio, matplotlib, jinja2, not installed here; "
+        "pip install 'rsvlm-infer[geo,report]', or leave these formats out"
+    )
+
+
+def test_every_extra_is_one_of_the_project() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for library, extra in NEEDS.values():
+        assert any(each.startswith(library) for each in project["optional-dependencies"][extra]), (library, extra)
 
 
 def test_numbers_are_short_and_finite() -> None:
