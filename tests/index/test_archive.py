@@ -15,7 +15,8 @@ import pytest
 from rsvlm_infer.errors import CheckpointError, ImageReadError, InputError
 from rsvlm_infer.index import writer as writer_module
 from rsvlm_infer.index.archive import MANIFEST, SEGMENTS, Archive
-from rsvlm_infer.index.writer import ArchiveUnwritableError, EncodedView
+from rsvlm_infer.index.segment import EncodedView
+from rsvlm_infer.index.writer import ArchiveUnwritableError
 from tests.index.archives import EMBEDDER, ENCODING, WIDTH, filled, scene, view, writer
 from tests.index.killed_writer import SCENES
 

@@ -14,7 +14,7 @@ from rsvlm_infer.config import AlignmentConfig
 from rsvlm_infer.errors import InputError
 from rsvlm_infer.index.archive import Archive
 from rsvlm_infer.index.search import ArchiveQuery, Filters, SearchLevel, search, top_rows
-from rsvlm_infer.index.writer import EncodedView
+from rsvlm_infer.index.segment import EncodedView
 from rsvlm_infer.tasks.retrieve import alignment_scores
 from tests.index.archives import WIDTH, filled, scene, unit, view
 
