@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ..contract import tap_names
 from ..engine.checks import check_integer, check_text
 from ..engine.engine import Engine
 from ..errors import InputError
-from ..imagery.pack import PackedScene, without_patches
+from ..imagery.pack import without_patches
 from ..imagery.plan import TilePlan
 from ..tasks.answer import AnswerDraft
 from ..tasks.caption import CAPTION_PROMPT
@@ -131,7 +131,9 @@ def _recalled(segment: Segment, view: int, backend: StagedBackend, query: Query 
     read = time.perf_counter()
     cues, texts = backend.find_cues(_embeddings(segment, view, len(plan.tiles)), query)
     found = time.perf_counter()
-    features = _tokens(backend, taps, packed, cues)
+    tokens = backend.bridge(taps, packed, cues)
+    assert tokens is not None  # features are kept of models that write text, and those have a projector
+    features = backend.features_of(tokens)
     encode_ms, augment_ms = (time.perf_counter() - found) * 1e3, (found - read) * 1e3 if query is not None else 0.0
     effective = float(row["gsd_effective_m"])
     prepared = PreparedScene(
@@ -147,13 +149,6 @@ def _recalled(segment: Segment, view: int, backend: StagedBackend, query: Query 
         preprocess_ms=0.0,
     )
     return prepared, dataclasses.replace(features, cues=texts, encode_ms=encode_ms, augment_ms=augment_ms)
-
-
-def _tokens(backend: StagedBackend, taps: dict[str, F32], packed: PackedScene, cues: Any) -> ImageFeatures:
-    tokens = backend.bridge(taps, packed, cues)
-    if tokens is None:
-        raise InputError("this checkpoint has no projector, so it cannot answer about images; use one that has it")
-    return backend.features_of(tokens)
 
 
 def _embeddings(segment: Segment, view: int, num_tiles: int) -> Embeddings:

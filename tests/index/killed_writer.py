@@ -42,7 +42,7 @@ def main() -> None:
         unlink(*given, **options)
 
     Path.replace = counted_replace  # type: ignore[method-assign, assignment]
-    os.fsync, os.unlink = counted_fsync, counted_unlink
+    os.fsync, os.unlink = counted_fsync, counted_unlink  # type: ignore[assignment]
     with writer(folder, encoding={**ENCODING, "features": FEATURES}) as open_writer:
         if sys.argv[3:] == ["merge"]:
             open_writer.merge()

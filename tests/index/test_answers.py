@@ -154,7 +154,7 @@ def test_what_is_kept_is_what_answering_reads(model: RSVLM, images: dict[str, Pa
 def test_finds_lead_to_their_views(model: RSVLM, images: dict[str, Path], tmp_path: Path) -> None:
     archive = made(tmp_path, model, list(images.values()))
     for level in ("all", "scene", "region", "object"):
-        result = search(archive, ArchiveQuery(level, model.embed_text("water")), 100)  # type: ignore[arg-type]
+        result = search(archive, ArchiveQuery(level, model.embed_text("water")), 100)
         answers = answer_views(model, archive, [hit.view_name for hit in result.hits], "What?", generation=SHORT)
         for hit, answer in zip(result.hits, answers, strict=True):
             row, col, height, width = hit.view

@@ -61,7 +61,7 @@ def everything(archive: Archive) -> list[Any]:
                     part = segment.rows_of_view(level, number)
                     rows += [
                         segment.embeddings(level)[part].tobytes(),
-                        [each.item()[1:] for each in segment.places(level)[part]],
+                        [each.item()[1:6] for each in segment.places(level)[part]],
                     ]
                     assert (segment.view_of(level, np.arange(part.start, part.stop)) == number).all()
                 if archive.manifest.features is not None:
