@@ -13,14 +13,13 @@ import typer
 from ..config import AugmentationConfig
 from ..errors import InputError, RsvlmError
 from ..imagery.acquired import parse_time
-from ..index.answers import answer_views
+from ..index.answers import answer_views, embedder_of
 from ..index.archive import Archive
 from ..index.encode import WINDOW_PX, EncodeSettings, content_hash, opened
 from ..index.graph import GRAPH_FROM_ROWS, build_graph, find, held_segments
 from ..index.results import check_results_path, hit_line, hit_values, results_geojson, write_results
 from ..index.search import ArchiveQuery, Filters, SearchLevel, SearchResult, check_query
 from ..index.writer import ArchiveUnwritableError, ArchiveWriter
-from ..models.load import embedder_digest
 from ..pipeline import RSVLM, default_checkpoint
 from ..tasks.generation import GenerationSettings, check_labels
 from ..tasks.result import Answer
@@ -101,7 +100,7 @@ def index_scenes(
     source = _checkpoint(checkpoint)
     with terminal.working("loading the checkpoint"):
         model = RSVLM.from_pretrained(checkpoint, backend, precision)
-        embedder = embedder_digest(source)
+        embedder = embedder_of(source)
     settings.apply(model.config)
     failed = 0
     encoding = encode.encoding_by(model)
@@ -228,7 +227,7 @@ def search_archive(
         _numbers("--gsd", gsd, 2, "0.1,2"),  # type: ignore[arg-type]
     )
     found = Archive.open(archive)
-    found.require_embedder(embedder_digest(_checkpoint(checkpoint)))
+    found.require_embedder(embedder_of(_checkpoint(checkpoint)))
     with terminal.working("loading the checkpoint"):
         model = RSVLM.from_pretrained(checkpoint, backend, precision)
     if describe or ask is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +19,7 @@ from ..engine.engine import Engine
 from ..errors import InputError
 from ..imagery.pack import without_patches
 from ..imagery.plan import TilePlan
+from ..models.load import embedder_digest
 from ..tasks.answer import AnswerDraft
 from ..tasks.caption import CAPTION_PROMPT
 from ..tasks.generation import GenerationSettings, build_request, check_labels
@@ -36,12 +39,19 @@ class Answerer(Protocol):
 
     tokenizer: Tokenizer
     engine: Engine
+    folder: Path | None
 
     @property
     def backend(self) -> Backend: ...
     @property
     def config(self) -> RsvlmConfig: ...
     def embed_text(self, text: str) -> F32: ...
+
+
+@functools.lru_cache(maxsize=4)
+def embedder_of(folder: Path) -> str:
+    """`embedder_digest` of a checkpoint or package, read once in a process: hashing hundreds of megabytes takes a second."""
+    return embedder_digest(folder)
 
 
 def answer_views(
@@ -56,19 +66,21 @@ def answer_views(
 ) -> Iterator[Answer]:
     """Answers about views in their order, lazily, `batch_size` at a time, from what the vision encoder gave when they were indexed.
 
-    The archive must be of this model's checkpoint (`Archive.require_embedder`). With float32 features an answer is the one that the
-    model gives to the view's pixels, planned without the question.
+    With float32 features an answer is the one that the model gives to the view's pixels, planned without the question. A model that was
+    put together without a folder must be of the archive's checkpoint.
 
     Args:
-        views: names as `Hit.view_name` has them.
+        views: names as `Hit.view_name` and `Archive.views` have them.
         question: None asks for a caption. choices: the answer is exactly one of them.
         generation: how to continue the prompt; default greedy, at most 64 tokens.
 
     Raises:
         InputError: an archive without features, a view that it does not have, or words that do not fit. CheckpointError: features of
-            another backend or precision.
+            another checkpoint, backend or precision.
     """
     backend = model.backend
+    if model.folder is not None:
+        archive.require_embedder(embedder_of(model.folder))
     archive.require_features(backend.name, backend.precision)
     assert isinstance(backend, StagedBackend)  # it kept the features
     check_integer("batch_size", batch_size)

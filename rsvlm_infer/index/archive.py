@@ -354,7 +354,7 @@ class Archive:
         """
         if embedder != self.manifest.embedder:
             raise CheckpointError(
-                f"archive {self.folder} was encoded by checkpoint {self.manifest.embedder[:12]}, it cannot be searched with "
+                f"archive {self.folder} was encoded by checkpoint {self.manifest.embedder[:12]}, it cannot be used with "
                 f"checkpoint {embedder[:12]}; pass that checkpoint, or make the archive again with this one"
             )
 
@@ -390,6 +390,12 @@ class Archive:
             if name == segment.counts.name:
                 counts[int(index)] = False
         return counts
+
+    def views(self) -> Iterator[str]:
+        """Names of all views that count, SEGMENT/INDEX, in the order of the archive."""
+        for segment in self.segments:
+            for index in np.flatnonzero(self.counting(segment)[segment.views["scene"]]).tolist():
+                yield f"{segment.counts.name}/{index}"
 
     def scenes(self) -> Iterator[tuple[str, IndexedScene]]:
         """Every scene that counts, with its name SEGMENT/INDEX."""

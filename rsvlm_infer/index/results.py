@@ -21,8 +21,7 @@ from .search import Hit, SearchResult
 SCORE_DECIMALS = 6
 SUFFIXES = (".geojson", ".png")
 CARD_PX, COLUMNS, MARGIN_PX, WORDS_PX = 240, 5, 20, 66
-ANSWER_LINES = 4
-ANSWER_PX = 18 * ANSWER_LINES + 6
+ANSWER_LINES, ANSWER_LINE_PX = 6, 18
 PAPER, INK, FAINT, GROUND, LINE = (250, 250, 248), (28, 30, 34), (104, 108, 116), (226, 226, 222), (200, 200, 194)
 
 
@@ -92,7 +91,9 @@ def contact_sheet(result: SearchResult, query: str) -> bytes:
     title = wrapped(query, 24, width - 2 * MARGIN_PX, max_lines=2) or ["search"]
     top = MARGIN_PX + 32 * len(title) + 14
     rows = -(-len(result.hits) // columns)
-    words_px = WORDS_PX + (ANSWER_PX if any(hit.answer is not None for hit in result.hits) else 0)
+    answers = [wrapped(hit.answer or "", 13, CARD_PX, max_lines=ANSWER_LINES) for hit in result.hits]
+    longest = max(map(len, answers), default=0)
+    words_px = WORDS_PX + (ANSWER_LINE_PX * longest + 6 if longest else 0)
     page = Image.new("RGB", (width, top + rows * (CARD_PX + words_px + MARGIN_PX) + MARGIN_PX), PAPER)
     draw = ImageDraw.Draw(page)
     for index, line in enumerate(title):
@@ -100,7 +101,7 @@ def contact_sheet(result: SearchResult, query: str) -> bytes:
     for index, hit in enumerate(result.hits):
         left = MARGIN_PX + index % columns * (CARD_PX + MARGIN_PX)
         upper = top + index // columns * (CARD_PX + words_px + MARGIN_PX)
-        _card(page, left, upper, index + 1, hit)
+        _card(page, left, upper, index + 1, hit, answers[index])
     buffer = io.BytesIO()
     page.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -136,7 +137,7 @@ def _place(hit: Hit) -> Footprint:
     return footprint(Window(*hit.window), hit.scene.transform, hit.scene.crs)
 
 
-def _card(page: Image.Image, left: int, top: int, rank: int, hit: Hit) -> None:
+def _card(page: Image.Image, left: int, top: int, rank: int, hit: Hit, answer: list[str]) -> None:
     draw = ImageDraw.Draw(page)
     draw.rectangle((left - 1, top - 1, left + CARD_PX, top + CARD_PX), GROUND, LINE)
     try:
@@ -158,8 +159,8 @@ def _card(page: Image.Image, left: int, top: int, rank: int, hit: Hit) -> None:
     else:
         facts.append(f"{hit.window[3]} × {hit.window[2]} px")
     draw.text((left, below + 41), "  ·  ".join(filter(None, facts)), FAINT, font(13))
-    for index, line in enumerate(wrapped(hit.answer or "", 13, CARD_PX, max_lines=ANSWER_LINES)):
-        draw.text((left, below + 64 + 18 * index), line, INK, font(13))
+    for index, line in enumerate(answer):
+        draw.text((left, below + 64 + ANSWER_LINE_PX * index), line, INK, font(13))
 
 
 def _crop(hit: Hit) -> Image.Image:

@@ -22,7 +22,7 @@ from tests.tasks.telling_model import StagedTellingBackend, TellingBackend, load
 def digest(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The digest of the fake checkpoint, which a test may change."""
     values = {"embedder": "e" * 64}
-    monkeypatch.setattr(commands, "embedder_digest", lambda path: values["embedder"])
+    monkeypatch.setattr(commands, "embedder_of", lambda path: values["embedder"])
     return values
 
 
@@ -202,7 +202,7 @@ def test_finds_are_answered_without_their_scenes(
 ) -> None:
     encoded = staged.tiles_encoded
     assert encoded == 3
-    code, out, err = run(capsys, "search", remembering, last_byte_word(1), *options)
+    code, out, _ = run(capsys, "search", remembering, last_byte_word(1), *options)
     assert code == 0
     lines = [line.split("\t") for line in out.splitlines()]
     colours = {files[name]: name for name in ("red", "green", "blue")}

@@ -21,12 +21,12 @@ from rsvlm_infer.index.archive import Archive
 from rsvlm_infer.index.encode import EncodeSettings, content_hash, opened
 from rsvlm_infer.index.search import ArchiveQuery, search
 from rsvlm_infer.index.writer import ArchiveWriter
+from rsvlm_infer.models.load import embedder_digest
 from rsvlm_infer.pipeline import RSVLM
 from rsvlm_infer.tasks.generation import GenerationSettings
 from rsvlm_infer.tasks.scene import SceneSettings
 from tests.export.packages import SPEAKING, make_pair
 
-EMBEDDER = "e" * 64
 WINDOW = 90
 SHAPES = {"small": (40, 50), "tall": (88, 33), "cut": (60, 150)}  # the last is cut in two windows
 QUESTIONS = ("Is there a ship?", "How many trees are there?", None)
@@ -62,15 +62,14 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def made(folder: Path, model: RSVLM, files: list[Path], **changes: Any) -> Archive:
     settings = EncodeSettings(changes.pop("scene", SceneSettings()), WINDOW, **{"features": "float32", **changes})
     assert model.config.alignment is not None
-    with ArchiveWriter(folder, EMBEDDER, model.config.alignment.embed_size, settings.encoding_by(model)) as writer:
+    assert model.folder is not None
+    with ArchiveWriter(
+        folder, embedder_digest(model.folder), model.config.alignment.embed_size, settings.encoding_by(model)
+    ) as writer:
         for file in files:
             with opened(file, content_hash(file), model, settings) as scene:
                 writer.add(scene.record, scene.views())
     return Archive.open(folder)
-
-
-def view_names(archive: Archive) -> list[str]:
-    return [f"{segment.counts.name}/{index}" for segment in archive.segments for index in range(segment.counts.views)]
 
 
 def pixels(images: dict[str, Path], archive: Archive) -> list[np.ndarray]:
@@ -95,7 +94,7 @@ def test_answers_are_those_of_the_pixels(
     model: RSVLM, tiling: Any, images: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = made(tmp_path, model, list(images.values()), scene=SceneSettings(tiling=tiling))
-    views = view_names(archive)
+    views = list(archive.views())
     assert len(views) == 4
     shown = pixels(images, archive)
     truth = {}
@@ -144,7 +143,7 @@ def test_what_is_kept_is_what_answering_reads(model: RSVLM, images: dict[str, Pa
     rounded = half.segments[0].features(0)
     np.testing.assert_array_equal(rounded.taps, exact.taps.astype(np.float16))
     assert rounded.plan == exact.plan
-    assert len(list(answer_views(model, half, view_names(half), "What?", generation=SHORT))) == 1
+    assert len(list(answer_views(model, half, list(half.views()), "What?", generation=SHORT))) == 1
     plain = made(tmp_path / "without", model, [images["small"]], features=None)
     for level in ("object", "region", "scene"):  # the same embeddings with features and without
         np.testing.assert_array_equal(plain.segments[0].embeddings(level), whole.segments[0].embeddings(level))
@@ -169,7 +168,7 @@ def test_what_cannot_be_answered_is_refused(
     model: RSVLM, images: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = made(tmp_path / "a", model, [images["small"]])
-    views = view_names(archive)
+    views = list(archive.views())
     without = made(tmp_path / "without", model, [images["small"]], features=None)
     with pytest.raises(InputError, match=r"keeps no features to answer from; make it with rsvlm index --features"):
         answer_views(model, without, views, "What?")
@@ -186,6 +185,11 @@ def test_what_cannot_be_answered_is_refused(
         made(tmp_path / "without", model, [images["tall"]])
     with pytest.raises(InputError, match='features must be "float32" or "float16", got'):
         made(tmp_path / "b", model, [images["tall"]], features="int8")
+    manifest = archive.manifest
+    archive.manifest = dataclasses.replace(manifest, embedder="f" * 64)
+    with pytest.raises(CheckpointError, match="was encoded by checkpoint ffffffffffff, it cannot be used with checkpoint"):
+        answer_views(model, archive, views, "What?")
+    archive.manifest = manifest
     monkeypatch.setattr(model.backend, "precision", "bfloat16")
     with pytest.raises(
         CheckpointError, match="keeps features of backend eager at float32, backend eager at bfloat16 cannot go on"
@@ -201,8 +205,8 @@ def test_a_plan_without_the_question_is_said(model: RSVLM, images: dict[str, Pat
     aware = EagerBackend(model.backend.model, knowledge=model.backend.knowledge)
     aware.config = dataclasses.replace(model.config, dris=dris)
     other = RSVLM(aware, model.tokenizer)
-    (asked,) = answer_views(other, archive, view_names(archive), "What?", generation=SHORT)
-    (told,) = answer_views(other, archive, view_names(archive), generation=SHORT)
+    (asked,) = answer_views(other, archive, list(archive.views()), "What?", generation=SHORT)
+    (told,) = answer_views(other, archive, list(archive.views()), generation=SHORT)
     assert PLANNED_BEFORE in asked.warnings
     assert PLANNED_BEFORE not in told.warnings
 

@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     archive = filled(tmp_path / "a", [(scene("a"), [view(generator)])])
     archive.require_embedder(EMBEDDER)
     with pytest.raises(
-        CheckpointError, match=r"archive .* was encoded by checkpoint eeeeeeeeeeee, it cannot be searched with checkpoint ffff"
+        CheckpointError, match=r"archive .* was encoded by checkpoint eeeeeeeeeeee, it cannot be used with checkpoint ffff"
     ):
         archive.require_embedder("f" * 64)
     with pytest.raises(CheckpointError, match="was encoded by checkpoint"):

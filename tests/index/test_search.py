@@ -157,6 +157,7 @@ def test_dropped_scenes_are_not_found(tmp_path: Path) -> None:
     for level in ("all", "object", "region", "scene"):
         result = search(archive, ArchiveQuery(level, unit(generator, WIDTH)), 100)  # type: ignore[arg-type]
         assert {hit.scene.content_hash for hit in result.hits} == {scene("a", content="2").content_hash}
+        assert {hit.view_name for hit in result.hits} == {"000001/1"} == set(archive.views())
 
 
 def test_equal_scores_keep_the_order_of_the_archive(tmp_path: Path) -> None:
