@@ -374,7 +374,7 @@ class Archive:
         if (kept.backend, kept.precision) != (backend, precision):
             raise CheckpointError(
                 f"archive {self.folder} keeps features of backend {kept.backend} at {kept.precision}, backend {backend} at "
-                f"{precision} cannot go on from them; choose that backend and precision, or ask the scenes with rsvlm ask"
+                f"{precision} cannot go on from them; choose that one by --checkpoint, --backend and --precision, or use rsvlm ask"
             )
         return kept
 

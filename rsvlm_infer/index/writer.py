@@ -22,10 +22,10 @@ from .segment import EncodedView, OpenSegment
 
 SEGMENT_VIEWS = 4096  # a segment is closed when it has so many; few segments keep a search short
 SEGMENT_S = 120.0  # or when it took so long: what a kill may cost
-# Many short runs leave many small segments. As soon as MERGED of them below one of these sizes are neighbours they become one; rising
-# sizes, so that a row is copied some ten times until it lies in a segment that is left alone, and not with each run.
+# Many short runs leave many small segments. MERGED or more small neighbours become one when that at least doubles the largest of them:
+# so a row is copied once for each doubling of its segment (some ten times from 60 KB), and not with each run.
 MERGED = 8
-SMALL_BYTES = (1 << 20, 1 << 23, 1 << 26)
+SMALL_BYTES = 1 << 26  # larger segments are left alone
 DROPPED_SHARE = 0.5  # of a segment's views: from there on it is written anew without them
 LOCK, PART = ".lock", ".part"
 
@@ -166,15 +166,15 @@ class ArchiveWriter:
     def _to_merge(self, left_alone: Collection[str]) -> list[Segment]:
         """The first neighbours that should be one segment, or the first segment that should be written anew."""
         archive = Archive(self.folder, self._manifest)
-        for limit in SMALL_BYTES:
-            run: list[Segment] = []
-            for segment in [*archive.segments, None]:
-                if segment is not None and segment.nbytes < limit and segment.counts.name not in left_alone:
-                    run.append(segment)
-                    continue
-                if len(run) >= MERGED:
-                    return run
-                run = []
+        run: list[Segment] = []
+        for segment in [*archive.segments, None]:
+            if segment is not None and segment.nbytes < SMALL_BYTES and segment.counts.name not in left_alone:
+                run.append(segment)
+                continue
+            first, stop = worth_merging([each.nbytes for each in run])
+            if stop:
+                return run[first:stop]
+            run = []
         for segment in archive.segments:
             dropped = ~archive.counting(segment)[segment.views["scene"]]
             if segment.counts.name not in left_alone and dropped.any() and dropped.mean() >= DROPPED_SHARE:
@@ -252,6 +252,19 @@ class ArchiveWriter:
         return ArchiveUnwritableError(
             f"archive {self.folder} cannot be written ({error.strerror or error}); make room or choose another folder"
         )
+
+
+def worth_merging(sizes: Sequence[int]) -> tuple[int, int]:
+    """The first neighbours that should become one, as many as can: first and stop, (0, 0) for none."""
+    for first in range(len(sizes) - MERGED + 1):
+        total = largest = stop = 0
+        for index in range(first, len(sizes)):
+            total, largest = total + sizes[index], max(largest, sizes[index])
+            if index - first + 1 >= MERGED and total >= 2 * largest:
+                stop = index + 1
+        if stop:
+            return first, stop
+    return 0, 0
 
 
 def _locked(folder: Path) -> BinaryIO:

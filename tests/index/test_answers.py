@@ -88,7 +88,7 @@ def pixels(images: dict[str, Path], archive: Archive) -> list[np.ndarray]:
 ALL = ["full-eager", "full-native", "full-onnx", "augmented-eager", "plain-eager", "plain-native", "augmented-onnx"]
 
 
-@pytest.mark.parametrize("tiling", ["dris", "anyres"])
+@pytest.mark.parametrize("tiling", ["dris", "anyres", "fixed"])
 @pytest.mark.parametrize("model", ALL, indirect=True)
 def test_answers_are_those_of_the_pixels(
     model: RSVLM, tiling: Any, images: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,7 @@ from rsvlm_infer.index import writer as writer_module
 from rsvlm_infer.index.archive import MANIFEST, SEGMENTS, Archive
 from rsvlm_infer.index.graph import build_graph, find, held_segments
 from rsvlm_infer.index.search import ArchiveQuery, search
-from rsvlm_infer.index.writer import MERGED, ArchiveUnwritableError
+from rsvlm_infer.index.writer import MERGED, ArchiveUnwritableError, worth_merging
 from tests.index.archives import ENCODING, FEATURES, WIDTH, filled, scene, unit, view, writer
 
 KEPT = {**ENCODING, "features": FEATURES}
@@ -108,16 +108,52 @@ def test_few_or_large_or_held_segments_stay(tmp_path: Path, monkeypatch: pytest.
     grown(tmp_path / "enough", MERGED, ())
     with writer(tmp_path / "enough", encoding=KEPT) as open_writer:
         assert open_writer.merge(["000003"]) == 0, "one that must stay parts its neighbours"
-        monkeypatch.setattr(writer_module, "SMALL_BYTES", (100,))
+        monkeypatch.setattr(writer_module, "SMALL_BYTES", 100)
         assert open_writer.merge() == 0, "all are larger"
-        monkeypatch.setattr(writer_module, "SMALL_BYTES", (100, 1 << 20))
+        monkeypatch.setattr(writer_module, "SMALL_BYTES", 1 << 20)
         assert open_writer.merge() == MERGED
 
 
-def test_neighbours_grow_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row is copied a few times, not with each run."""
-    size = Archive.open(filled(tmp_path / "one", [(scene("x"), [view(np.random.default_rng(0))])]).folder).segments[0].nbytes
-    monkeypatch.setattr(writer_module, "SMALL_BYTES", (3 * size, 24 * size))
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([], (0, 0)),
+        ([1] * 7, (0, 0)),
+        ([1] * 8, (0, 8)),
+        ([1] * 30, (0, 30)),
+        ([8] + [1] * 7, (0, 0)),  # the largest would not double
+        ([7] + [1] * 7, (0, 8)),
+        ([8] + [1] * 8, (0, 9)),
+        ([100] + [1] * 8, (1, 9)),
+        ([100, *[1] * 8, 50, 50], (0, 11)),
+        ([1, 1, 1, 1, 1, 1, 1, 1, 100], (0, 8)),
+    ],
+)
+def test_neighbours_are_worth_merging_when_the_largest_doubles(sizes: list[int], expected: tuple[int, int]) -> None:
+    assert worth_merging(sizes) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_many_runs_copy_a_row_few_times_and_leave_few_segments(seed: int) -> None:
+    """Ten thousand runs of random sizes: sizes alone, as the writer would merge them."""
+    generator = np.random.default_rng(seed)
+    segments: list[tuple[int, int]] = []  # size, copies of its oldest row
+    most = 0
+    for size in (1 + generator.pareto(1.5, 10_000) * 2).astype(int).tolist():
+        segments.append((size, 0))
+        while True:
+            first, stop = worth_merging([each for each, _ in segments])
+            if not stop:
+                break
+            merged = segments[first:stop]
+            segments[first:stop] = [(sum(each for each, _ in merged), 1 + max(copies for _, copies in merged))]
+        most = max(most, len(segments))
+    total = sum(size for size, _ in segments)
+    assert most <= 60
+    assert max(copies for _, copies in segments) <= np.log2(total)
+
+
+def test_one_scene_a_run_is_copied_a_few_times(tmp_path: Path) -> None:
     copied = most = 0
     for index in range(64):
         with writer(tmp_path / "many") as open_writer:
@@ -126,7 +162,7 @@ def test_neighbours_grow_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             open_writer.merge()
             copied += sum(each.views for each in open_writer.manifest.segments if each.name not in before and each.views > 1)
             most = max(most, len(open_writer.manifest.segments))
-    assert most < 3 * MERGED
+    assert most <= 2 * MERGED
     assert copied < 4 * 64
     assert [each.source for _, each in Archive.open(tmp_path / "many").scenes()] == [f"/{index}" for index in range(64)]
 
