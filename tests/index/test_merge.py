@@ -280,13 +280,14 @@ def test_killed_at_any_step_of_merging_nothing_is_lost(tmp_path: Path, repositor
     whole = files(tmp_path / "whole")
     assert len(whole) < len(files(tmp_path / "start")) / 5
     states = set()
-    for steps in [*range(22), 60, 120, 150]:
+    for steps in [*range(20), 60, 150]:
         folder = tmp_path / str(steps)
         shutil.copytree(tmp_path / "start", folder)
         assert run(folder, steps) == -9
         assert everything(Archive.open(folder)) == content
         states.add(len(Archive.open(folder).segments))
-        assert run(folder, 10_000) == 0
+        with writer(folder, encoding=KEPT) as open_writer:
+            open_writer.merge()
         assert files(folder) == whole
     assert states == {14, 1}, "kills before and behind the new manifest"
 
