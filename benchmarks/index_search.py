@@ -28,7 +28,8 @@ from rsvlm_infer.hardware import probe
 from rsvlm_infer.index.archive import Archive, IndexedScene
 from rsvlm_infer.index.graph import Way, build_graph, find
 from rsvlm_infer.index.search import ArchiveQuery, Filters
-from rsvlm_infer.index.writer import ArchiveWriter, EncodedView
+from rsvlm_infer.index.segment import EncodedView
+from rsvlm_infer.index.writer import ArchiveWriter
 from rsvlm_infer.ops.registry import resolve
 
 BASELINE = "numpy scan"

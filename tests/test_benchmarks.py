@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import index_answers
 from benchmarks.modules import spaced
 from benchmarks.mosaics import make_mosaics, roc_area
 from benchmarks.published import MEASURES
@@ -17,6 +18,10 @@ from benchmarks.rows import append_rows
 from benchmarks.scenes import LAYOUTS, generate
 from rsvlm_infer.evaluation.datasets import RSICD_THEMES
 from rsvlm_infer.evaluation.sets import TASKS
+from rsvlm_infer.pipeline import RSVLM
+from rsvlm_infer.tasks.generation import GenerationSettings
+from rsvlm_infer.tasks.result import Answer
+from tests.tasks.telling_model import StagedTellingBackend, load_tokenizer, picture
 
 
 def test_roc_area_counts_pairs_and_halves_ties() -> None:
@@ -88,3 +93,28 @@ def test_generated_scenes_are_a_fifth_nodata_and_the_same_in_both_layouts(tmp_pa
             assert (dataset.count, dataset.dtypes[0], dataset.nodata) == (4, "uint16", 0)
     assert (values["tiled"] == values["striped"]).all()
     assert (values["tiled"][0] == 0).mean() == pytest.approx(0.2, abs=0.005)
+
+
+def test_answers_from_features_are_held_to_those_from_pixels(tmp_path: Path) -> None:
+    backend = StagedTellingBackend()
+    model = RSVLM(backend, load_tokenizer(tmp_path / "tokenizer"))
+    images = []
+    for colour in ("red", "green", "blue"):
+        images.append(tmp_path / f"{colour}.png")
+        Image.fromarray(picture(colour)).save(images[-1])
+    archive = index_answers.make_archive(tmp_path / "archive", model, images, "float16")
+    assert index_answers.feature_bytes(archive) == 3 * 4 * 8 * 2, "3 images of 4 patches, one tap of 8 numbers"
+    settings = GenerationSettings(max_new_tokens=4)
+    pixels, features = index_answers.from_pixels(model, images, settings), index_answers.from_features(model, archive, settings)
+
+    def wrong(index: int, question: str) -> Answer:
+        return pixels((index + 1) % 3, question)
+
+    backend.reply = " {colour}"
+    measured = index_answers.measure(model, {index_answers.BASELINE: pixels, "features": features, "wrong": wrong}, 3, 2)
+    assert all(len(seconds) == len(first) == 6 for seconds, first, _ in measured.values())
+    assert {name: same for name, (_, _, same) in measured.items()} == {
+        index_answers.BASELINE: [True] * 6,
+        "features": [True] * 6,
+        "wrong": [False] * 6,
+    }

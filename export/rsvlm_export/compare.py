@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from rsvlm_infer.backends.base import Embeddings, ImageFeatures, Prompt, Query
+from rsvlm_infer.backends.base import Prompt, Query, StagedBackend
 from rsvlm_infer.backends.eager import EagerBackend
 from rsvlm_infer.config import LEVELS, RsvlmConfig
 from rsvlm_infer.contract import ALIGN, BRIDGE, CUE_SEARCH, DECODER, TEXT_EMBED, VISION, WORD_EMBED, tap_names
@@ -78,28 +78,10 @@ class Comparison:
         self.graphs.setdefault(graph, GraphError()).add(case, value, reference)
 
 
-class StagedBackend(Protocol):
+class ComparedBackend(StagedBackend, Protocol):
     """What is compared of a package: the steps of `Backend.encode` one by one, and the language model. See `OnnxBackend`."""
 
-    def encode_tiles(self, scenes: Sequence[PackedScene]) -> list[dict[str, npt.NDArray[np.float32]]]: ...
-
-    def align(self, taps: dict[str, npt.NDArray[np.float32]], scene: PackedScene) -> Embeddings | None: ...
-
-    def find_cues(self, embeddings: Embeddings | None, query: Query | None) -> tuple[Any, tuple[str, ...]]: ...
-
-    def bridge(
-        self, taps: dict[str, npt.NDArray[np.float32]], scene: PackedScene, cues: Any
-    ) -> npt.NDArray[np.float32] | None: ...
-
     def embed_words(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.float32]: ...
-
-    def embed_text(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]: ...
-
-    def features_of(self, tokens: npt.NDArray[np.float32]) -> ImageFeatures: ...
-
-    def prefill(self, sequences: Sequence[Prompt], capacity: int) -> tuple[npt.NDArray[np.float32], Any]: ...
-
-    def decode(self, cache: Any, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]: ...
 
 
 def cases(config: RsvlmConfig, images: Sequence[Path]) -> Iterator[tuple[str, PackedScene]]:
@@ -122,7 +104,7 @@ def _packed(source: Any, config: RsvlmConfig) -> PackedScene:
 
 
 def compare_graphs(
-    package: Package, eager: EagerBackend, backend: StagedBackend, images: Sequence[Path], step: Callable[[str], None]
+    package: Package, eager: EagerBackend, backend: ComparedBackend, images: Sequence[Path], step: Callable[[str], None]
 ) -> Comparison:
     """All graphs or stages over all cases. The package's backend must be loaded already; `step` takes the name of each finished case."""
     found = Comparison()
@@ -156,7 +138,7 @@ def _texts(config: RsvlmConfig) -> list[npt.NDArray[np.int32]]:
 
 
 def _compare_texts(
-    found: Comparison, eager: EagerBackend, backend: StagedBackend, config: RsvlmConfig, texts: list[npt.NDArray[np.int32]]
+    found: Comparison, eager: EagerBackend, backend: ComparedBackend, config: RsvlmConfig, texts: list[npt.NDArray[np.int32]]
 ) -> None:
     assert config.alignment is not None
     if config.alignment.text_source == "text_encoder" and config.text_encoder is not None:
@@ -188,7 +170,7 @@ def _compare_scene(
     found: Comparison,
     name: str,
     eager: EagerBackend,
-    backend: StagedBackend,
+    backend: ComparedBackend,
     scene: PackedScene,
     texts: list[npt.NDArray[np.int32]],
 ) -> None:
@@ -218,7 +200,7 @@ def _compare_decoder(
     found: Comparison,
     name: str,
     eager: EagerBackend,
-    backend: StagedBackend,
+    backend: ComparedBackend,
     expected: list[Prompt],
     own: list[Prompt] | None = None,
 ) -> None:

@@ -96,6 +96,29 @@ class DraftingBackend(Protocol):
 
 
 @runtime_checkable
+class StagedBackend(Backend, Protocol):
+    """A backend whose `encode` can be taken step by step: what does not depend on the question is kept, the rest runs for each one.
+
+    The steps give the bits of `encode`: tiles -> taps -> embeddings -> cues of the question -> visual tokens.
+    """
+
+    def encode_tiles(self, scenes: Sequence[PackedScene]) -> list[dict[str, npt.NDArray[np.float32]]]:
+        """Each scene's taps [S, Dv] by `contract.tap_names`, and class tokens [T, Dv] where the family has them."""
+
+    def align(self, taps: dict[str, npt.NDArray[np.float32]], scene: PackedScene) -> Embeddings | None:
+        """Taps of one scene -> its embeddings; None without alignment."""
+
+    def find_cues(self, embeddings: Embeddings | None, query: Query | None) -> tuple[Any, tuple[str, ...]]:
+        """What `bridge` takes, and the cues' texts."""
+
+    def bridge(self, taps: dict[str, npt.NDArray[np.float32]], scene: PackedScene, cues: Any) -> npt.NDArray[np.float32] | None:
+        """Visual tokens [Nv, Dl]; None without a projector. Of the scene it reads the plan, not the patches."""
+
+    def features_of(self, tokens: npt.NDArray[np.float32]) -> ImageFeatures:
+        """Visual tokens [Nv, Dl] for a prompt."""
+
+
+@runtime_checkable
 class GreedyBackend(Backend, Protocol):
     """A backend that can also choose the most likely token where its logits are, so that only token ids cross to the host."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import LEVELS, RsvlmConfig
+from ..contract import tap_names
 from ..errors import BackendError, InputError
 from ..imagery.pack import PackedScene
 from ..imagery.plan import anyres_kept_window
@@ -27,7 +28,9 @@ from .base import Embeddings, ImageFeatures, Prompt, Query
 # Tiles are encoded in chunks of about this many patches: at ViT-L width the widest activation then stays near 270 MB.
 CHUNK_PATCHES = 16384
 
+F32 = npt.NDArray[np.float32]
 LevelEmbeddings = tuple[Tensor, Tensor, Tensor]  # object [T, k, De], region [T, De], scene [De]
+SceneCues = tuple[list[Tensor], Tensor]  # cues of each level, three [K, De]; words of the question [Q, Dl]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class EagerBackend:
         self.precision = precision
         self.config: RsvlmConfig = model.config
         self.knowledge = knowledge
-        self.device = next(model.parameters()).device
+        first = next(model.parameters())
+        self.device, self.dtype = first.device, first.dtype
 
     @classmethod
     def load(cls, path: Path, precision: str) -> EagerBackend:
@@ -104,15 +108,56 @@ class EagerBackend:
 
         Tokens are None without a projector. Gradients flow: training calls this too.
         """
-        patch_counts = [len(scene.patches) for scene in scenes]
-        cu_scenes = self._tensor(np.array([0, *np.cumsum(patch_counts)], dtype=np.int32))
         start = time.perf_counter()
-        augmented, cues = self._augment(taps, aligned, queries, cu_scenes)
+        cues, texts = self._batch_cues(aligned, queries)
+        augmented = self._augment(taps, cues, scenes)
         augment_ms = (time.perf_counter() - start) * 1e3
-        if self.model.projector is None:
-            return [None] * len(scenes), cues, augment_ms
-        features = self.model.bridge(taps, augmented).split_with_sizes(patch_counts)
-        return [self._scene_tokens(part, scene) for part, scene in zip(features, scenes, strict=True)], cues, augment_ms
+        return self._projected(taps, augmented, scenes), texts, augment_ms
+
+    # Stages of `encode` one by one; see `StagedBackend`.
+
+    @torch.inference_mode()
+    def encode_tiles(self, scenes: Sequence[PackedScene]) -> list[dict[str, F32]]:
+        """See `StagedBackend.encode_tiles`."""
+        taps, class_tokens, tile_counts, patch_counts = self._encode_tiles(scenes)
+        parts = [tap.split_with_sizes(patch_counts) for tap in taps]
+        found = [{name: _numpy(part[i]) for name, part in zip(tap_names(), parts, strict=True)} for i in range(len(scenes))]
+        if len(class_tokens[2]):
+            for own, tokens in zip(found, class_tokens[2].split_with_sizes(tile_counts), strict=True):
+                own["class_tokens"] = _numpy(tokens)
+        return found
+
+    @torch.inference_mode()
+    def align(self, taps: dict[str, F32], scene: PackedScene) -> Embeddings | None:
+        """See `StagedBackend.align`."""
+        if self.model.alignment is None:
+            return None
+        width = taps[tap_names()[0]].shape[1]
+        class_tokens = self._features(taps.get("class_tokens", np.zeros((0, width), np.float32)))
+        found = self.model.alignment(self._named(taps), [class_tokens] * len(LEVELS), torch.from_numpy(scene.cu_seqlens))
+        return Embeddings(*(_numpy(part) for part in found))
+
+    @torch.inference_mode()
+    def find_cues(self, embeddings: Embeddings | None, query: Query | None) -> tuple[SceneCues | None, tuple[str, ...]]:
+        """See `StagedBackend.find_cues`."""
+        return (None, ()) if self.model.augmentation is None else self._cues(embeddings, query)
+
+    @torch.inference_mode()
+    def bridge(self, taps: dict[str, F32], scene: PackedScene, cues: SceneCues | None) -> F32 | None:
+        """See `StagedBackend.bridge`."""
+        named = self._named(taps)
+        (tokens,) = self._projected(named, self._augment(named, [] if cues is None else [cues], [scene]), [scene])
+        return None if tokens is None else _numpy(tokens)
+
+    def features_of(self, tokens: F32) -> ImageFeatures:
+        """See `StagedBackend.features_of`."""
+        return ImageFeatures(_Handle(self._features(tokens), None), len(tokens))
+
+    def _named(self, taps: dict[str, F32]) -> list[Tensor]:
+        return [self._features(taps[name]) for name in tap_names()]
+
+    def _features(self, values: F32) -> Tensor:
+        return self._tensor(np.array(values, np.float32)).to(self.dtype)  # a copy: mapped files cannot be written to
 
     def _encode_tiles(self, scenes: Sequence[PackedScene]) -> tuple[list[Tensor], list[Tensor], list[int], list[int]]:
         """Three taps [S, Dv], three class tokens [T or 0, Dv], tiles per scene, patches per scene."""
@@ -130,42 +175,54 @@ class EagerBackend:
         class_tokens = [torch.cat([part[1][level] for part in parts]) for level in range(len(LEVELS))]
         return taps, class_tokens, [len(scene.grids) for scene in scenes], [len(scene.patches) for scene in scenes]
 
-    def _augment(
-        self,
-        taps: list[Tensor],
-        aligned: Sequence[LevelEmbeddings | None],
-        queries: Sequence[Query | None],
-        cu_scenes: Tensor,
-    ) -> tuple[list[Tensor], list[tuple[str, ...]]]:
-        """H_l for all scenes and the texts of the cues. A model without augmentation gives F_l back untouched."""
-        if self.model.augmentation is None or self.config.augmentation is None:
-            return taps, [()] * len(aligned)
-        assert self.model.language_model is not None
-        settings = self.config.augmentation
-        cue_vectors: list[list[Tensor]] = []
-        cue_texts: list[tuple[str, ...]] = []
-        query_tokens = []
-        like = taps[0]
+    def _batch_cues(
+        self, aligned: Sequence[LevelEmbeddings | None], queries: Sequence[Query | None]
+    ) -> tuple[list[SceneCues], list[tuple[str, ...]]]:
+        """What augmentation reads beside the taps, and the cues' texts; nothing for a model without it."""
+        if self.model.augmentation is None:
+            return [], [()] * len(aligned)
+        found = []
         for scene, query in zip(aligned, queries, strict=True):
-            assert scene is not None
-            vectors: list[Tensor] = []
-            texts: list[str] = []
-            for level, visual in enumerate(scene):
-                found = like.new_zeros((0, visual.shape[-1]))
-                if self.knowledge is not None and visual.numel():
-                    embedding = None if query is None else query.embedding
-                    flat = _numpy(visual).reshape(-1, visual.shape[-1])
-                    _, ids, names = self.knowledge.search(
-                        level, flat, embedding, settings.cues_per_level, settings.query_weight
-                    )
-                    found = self._tensor(self.knowledge.embeddings[ids].astype(np.float32)).to(like.dtype)
-                    texts += names
-                vectors.append(found)
-            cue_vectors.append(vectors)
-            cue_texts.append(tuple(texts))
-            query_ids = np.zeros(0, np.int32) if query is None else query.token_ids
-            query_tokens.append(self.model.language_model.embed_tokens(self._tensor(query_ids).long()))  # [Q, Dl]
-        return self.model.augmentation(taps, cue_vectors, query_tokens, cu_scenes), cue_texts
+            searched = None if self.knowledge is None or scene is None else Embeddings(*(_numpy(part) for part in scene))
+            found.append(self._cues(searched, query))
+        return [cues for cues, _ in found], [texts for _, texts in found]
+
+    def _cues(self, embeddings: Embeddings | None, query: Query | None) -> tuple[SceneCues, tuple[str, ...]]:
+        settings, alignment, language = self.config.augmentation, self.config.alignment, self.model.language_model
+        assert settings is not None  # a config with augmentation has them all
+        assert alignment is not None
+        assert language is not None
+        vectors: list[Tensor] = []
+        texts: list[str] = []
+        for level, name in enumerate(LEVELS):
+            visual = np.zeros(0, np.float32) if embeddings is None else getattr(embeddings, name)
+            found = torch.zeros((0, alignment.embed_size), dtype=self.dtype, device=self.device)
+            if self.knowledge is not None and visual.size:
+                embedding = None if query is None else query.embedding
+                flat = visual.reshape(-1, visual.shape[-1])
+                _, ids, names = self.knowledge.search(level, flat, embedding, settings.cues_per_level, settings.query_weight)
+                found = self._features(self.knowledge.embeddings[ids].astype(np.float32))
+                texts += names
+            vectors.append(found)
+        words = np.zeros(0, np.int32) if query is None else query.token_ids
+        return (vectors, language.embed_tokens(self._tensor(words).long())), tuple(texts)
+
+    def _augment(self, taps: list[Tensor], cues: Sequence[SceneCues], scenes: Sequence[PackedScene]) -> list[Tensor]:
+        """H_l for all scenes. A model without augmentation gives F_l back untouched."""
+        if self.model.augmentation is None:
+            return taps
+        bounds = self._tensor(np.cumsum([0, *(scene.plan.num_patches for scene in scenes)], dtype=np.int32))
+        augmented: list[Tensor] = self.model.augmentation(
+            taps, [vectors for vectors, _ in cues], [words for _, words in cues], bounds
+        )
+        return augmented
+
+    def _projected(self, taps: list[Tensor], augmented: list[Tensor], scenes: Sequence[PackedScene]) -> list[Tensor | None]:
+        """Visual tokens [Nv, Dl] of each scene, None without a projector."""
+        if self.model.projector is None:
+            return [None] * len(scenes)
+        features = self.model.bridge(taps, augmented).split_with_sizes([scene.plan.num_patches for scene in scenes])
+        return [self._scene_tokens(part, scene) for part, scene in zip(features, scenes, strict=True)]
 
     def _scene_tokens(self, features: Tensor, scene: PackedScene) -> Tensor:
         """Y of one scene [S, Dv] -> [Nv, Dl]: base tile, then leaves in raster order."""

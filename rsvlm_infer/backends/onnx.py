@@ -200,7 +200,7 @@ class OnnxBackend:
         """Which token stands where: in anyres LLaVA-NeXT's canvas, unpadded, with a newline after each row; else as they come."""
         assert self.config.projector is not None
         shuffle = self.config.projector.pixel_shuffle
-        total = len(scene.patches) // shuffle**2  # also the number of the newline token
+        total = scene.plan.num_patches // shuffle**2  # also the number of the newline token
         order = np.arange(total, dtype=np.int64)
         if scene.plan.tiling != "anyres":
             return order

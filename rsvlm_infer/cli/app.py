@@ -125,7 +125,7 @@ def caption(
 def ask(
     images: opt.Images,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="One question about every image.", show_default=False)],
-    choice: Annotated[list[str] | None, typer.Option("--choice", help="Allow only these answers; repeat it.")] = None,
+    choice: opt.Choice = None,
     output_format: opt.OutputFormat = opt.Format.text,
     plan: opt.WithPlan = False,
     stream: opt.Stream = None,

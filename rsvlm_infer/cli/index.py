@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -12,20 +13,22 @@ import typer
 from ..config import AugmentationConfig
 from ..errors import InputError, RsvlmError
 from ..imagery.acquired import parse_time
+from ..index.answers import answer_views, embedder_of
 from ..index.archive import Archive
 from ..index.encode import WINDOW_PX, EncodeSettings, content_hash, opened
-from ..index.graph import GRAPH_FROM_ROWS, build_graph, find
+from ..index.graph import GRAPH_FROM_ROWS, build_graph, find, held_segments
 from ..index.results import check_results_path, hit_line, hit_values, results_geojson, write_results
-from ..index.search import ArchiveQuery, Filters, SearchLevel, check_query
+from ..index.search import ArchiveQuery, Filters, SearchLevel, SearchResult, check_query
 from ..index.writer import ArchiveUnwritableError, ArchiveWriter
-from ..models.load import embedder_digest
 from ..pipeline import RSVLM, default_checkpoint
+from ..tasks.generation import GenerationSettings, check_labels
+from ..tasks.result import Answer
 from ..tasks.retrieve import require_alignment
 from ..tasks.scene import SceneSettings
 from . import options as opt
 from .console import EXIT_OK, exit_code, terminal
 
-_FILTER, _RESULT = "Filter", "Result"
+_FILTER, _RESULT, _ANSWER = "Filter", "Result", "Answer"
 
 
 class SearchLevelChoice(StrEnum):
@@ -45,6 +48,11 @@ class WayChoice(StrEnum):
     auto = "auto"
     exact = "exact"
     graph = "graph"
+
+
+class FeaturesChoice(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
 
 
 class SearchFormat(StrEnum):
@@ -69,6 +77,10 @@ def index_scenes(
         list[GraphChoice] | None,
         typer.Option("--graph", help=f"Also build a graph of this level, for more than {GRAPH_FROM_ROWS:,} rows; repeatable."),
     ] = None,
+    features: Annotated[
+        FeaturesChoice | None,
+        typer.Option("--features", help="Also keep what the vision encoder saw, for `rsvlm search --ask` without the scenes."),
+    ] = None,
     output_format: opt.OutputFormat = opt.Format.text,
     checkpoint: opt.Checkpoint = None,
     backend: opt.Backend = "auto",
@@ -82,15 +94,17 @@ def index_scenes(
 ) -> int:
     """Encode scenes once and keep their embeddings, to be searched with `rsvlm search`. A scene that is there is not encoded again."""
     settings = SceneSettings(**opt.scene_options(bands, max_pixels, tiling, max_tiles, max_visual_tokens))
-    encode = EncodeSettings(settings, window, batch_size)
+    encode = EncodeSettings(settings, window, batch_size, None if features is None else features.value)
+    output = output.expanduser()
     acquired = None if date is None else parse_time(date, "--date")
     source = _checkpoint(checkpoint)
     with terminal.working("loading the checkpoint"):
         model = RSVLM.from_pretrained(checkpoint, backend, precision)
-        embedder = embedder_digest(source)
+        embedder = embedder_of(source)
     settings.apply(model.config)
     failed = 0
-    with ArchiveWriter(output.expanduser(), embedder, require_alignment(model.config).embed_size, encode.encoding) as writer:
+    encoding = encode.encoding_by(model)
+    with ArchiveWriter(output, embedder, require_alignment(model.config).embed_size, encoding) as writer:
         for name in terminal.each(scenes, "scenes", len(scenes)):
             try:
                 content = content_hash(name)
@@ -114,6 +128,10 @@ def index_scenes(
                     f"warning: {name}: {share:.1%} of its pixels lie in windows without anything valid; they were skipped"
                 )
             _told(output_format, name, "added", {"views": added.num_views, "acquired": added.acquired})
+        with terminal.working("merging small segments"):
+            merged = writer.merge(held_segments(output, [level.value for level in graph or []]))
+    if merged:
+        terminal.note(f"{output}: merged {merged} segments")
     manifest = writer.manifest
     counts = {level: sum(each.rows(level) for each in manifest.segments) for level in ("scene", "region", "object")}
     terminal.note(f"{output}: " + ", ".join(f"{count} {level}" for level, count in counts.items()) + " embeddings")
@@ -167,6 +185,14 @@ def search_archive(
         SearchFormat,
         typer.Option("--format", "-f", help="text, json: one object per line, or geojson.", rich_help_panel=_RESULT),
     ] = SearchFormat.text,
+    ask: Annotated[
+        str | None,
+        typer.Option("--ask", metavar="QUESTION", help="Ask about each find, from kept features.", rich_help_panel=_ANSWER),
+    ] = None,
+    describe: Annotated[
+        bool, typer.Option("--describe", help="Describe each find, from kept features.", rich_help_panel=_ANSWER)
+    ] = False,
+    choice: opt.Choice = None,
     output: Annotated[
         list[Path] | None,
         typer.Option(
@@ -179,9 +205,17 @@ def search_archive(
     checkpoint: opt.Checkpoint = None,
     backend: opt.Backend = "auto",
     precision: opt.Precision = "auto",
+    batch_size: opt.BatchSize = 4,
+    max_new_tokens: opt.MaxNewTokens = 64,
 ) -> int:
     """The windows of an archive that fit words or an image best: rsvlm search ARCHIVE "harbour with many ships"."""
     opt.check_words("TEXT", text)
+    opt.check_words("--ask", ask)
+    if describe and ask is not None:
+        raise InputError("--describe asks for a caption, got --ask too; give one of them")
+    choices = check_labels(choice, "--choice") if choice else None
+    if choices and ask is None:
+        raise InputError("--choice needs a question, got none; add --ask QUESTION")
     if text is None and near is None:
         raise InputError("give a TEXT or --near, got neither; write rsvlm search ARCHIVE WORDS")
     for path in output or []:
@@ -193,15 +227,22 @@ def search_archive(
         _numbers("--gsd", gsd, 2, "0.1,2"),  # type: ignore[arg-type]
     )
     found = Archive.open(archive)
-    found.require_embedder(embedder_digest(_checkpoint(checkpoint)))
+    found.require_embedder(embedder_of(_checkpoint(checkpoint)))
     with terminal.working("loading the checkpoint"):
         model = RSVLM.from_pretrained(checkpoint, backend, precision)
+    if describe or ask is not None:
+        found.require_features(model.backend.name, model.backend.precision)
     query = _query(model, text, near, None if level is None else level.value, query_weight, found.manifest.encoding)
     check_query(found, query)
     with terminal.working("searching"):
         result = find(found, query, top, filters, way.value)
     if not result.exact:
         terminal.note("searched a graph, which may miss finds; --way exact misses none")
+    if describe or ask is not None:
+        views = list(dict.fromkeys(hit.view_name for hit in result.hits))  # finds may share one
+        generation = GenerationSettings(max_new_tokens)
+        answers = answer_views(model, found, views, ask, choices=choices, batch_size=batch_size, generation=generation)
+        result = _answered(result, dict(zip(views, terminal.each(answers, "answers", len(views)), strict=True)))
     words = " ".join(filter(None, [text, None if near is None else f"near {Path(near).name}"]))
     if result.num_unknown:
         terminal.note(f"{result.num_unknown} scenes do not say what a filter asks for, and were left out")
@@ -216,6 +257,15 @@ def search_archive(
         write_results(path.expanduser(), result, words)
         terminal.note(f"wrote {path}")
     return EXIT_OK
+
+
+def _answered(result: SearchResult, answers: Mapping[str, Answer]) -> SearchResult:
+    """The finds with what was said about their views."""
+    for answer in answers.values():
+        for warning in answer.warnings:
+            terminal.note(f"warning: {answer.source}: {warning}")
+    hits = [dataclasses.replace(hit, answer=answers[hit.view_name].text) for hit in result.hits]
+    return dataclasses.replace(result, hits=hits)
 
 
 def _query(

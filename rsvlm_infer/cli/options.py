@@ -72,6 +72,9 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the draws, when the
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", help="End the text before this string; repeatable.", rich_help_panel=_TEXT)
 ]
+Choice = Annotated[
+    list[str] | None, typer.Option("--choice", help="Allow only these answers; repeat it.", rich_help_panel=_TEXT)
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images that run together.", rich_help_panel=_MODEL)]
 Stream = Annotated[
     bool | None,

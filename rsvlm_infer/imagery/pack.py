@@ -6,6 +6,7 @@ the encoder gets, not natively.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,8 @@ class PackedScene:
     """One scene, ready for the vision encoder.
 
     Attributes:
-        patches: float32 [S, 3 * p * p], normalised; tiles in plan order, patches row-major, (channel, y, x) inside a patch.
+        patches: float32 [S, 3 * p * p], normalised; tiles in plan order, patches row-major, (channel, y, x) inside a patch;
+            [0, 3 * p * p] where only the rest is needed, because the vision encoder has seen them.
         cu_seqlens: int32 [T + 1], patch offsets of the tiles.
         grids: int32 [T, 2], patch rows and columns of the tiles.
         boxes: float32 [T, 4], (cx, cy, w, h) of the tiles as shares of the scene.
@@ -114,20 +116,24 @@ def pack_scene(scene: Scene, plan: TilePlan, config: RsvlmConfig, implementation
             images.append(pixels)
     flush(len(plan.tiles))
 
-    gsd = scene.gsd_native_m
+    return dataclasses.replace(without_patches(plan, config, scene.name, scene.gsd_native_m), patches=patches)
+
+
+def without_patches(plan: TilePlan, config: RsvlmConfig, name: str, gsd_native_m: float | None) -> PackedScene:
+    """What `pack_scene` says of a plan, without reading anything: for a scene whose taps were kept."""
     return PackedScene(
-        patches=patches,
-        cu_seqlens=offsets,
+        patches=np.zeros((0, 3 * plan.patch_size**2), np.float32),
+        cu_seqlens=plan.cu_seqlens,
         grids=plan.grids,
         boxes=plan.boxes,
         plan=plan,
         num_tokens=count_tokens(plan, config),
         scene={
-            "name": scene.name,
-            "height": scene.height,
-            "width": scene.width,
-            "gsd_native_m": gsd,
-            "gsd_effective_m": None if gsd is None else gsd * plan.scale,
+            "name": name,
+            "height": plan.scene_height,
+            "width": plan.scene_width,
+            "gsd_native_m": gsd_native_m,
+            "gsd_effective_m": None if gsd_native_m is None else gsd_native_m * plan.scale,
         },
     )
 

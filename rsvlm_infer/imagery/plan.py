@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -118,6 +119,15 @@ class TilePlan:
         """Plain JSON values."""
         values: dict[str, Any] = _listed(dataclasses.asdict(self))
         return values | {"num_patches": self.num_patches}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TilePlan:
+        """The reverse of `to_dict`."""
+        given = {name: value for name, value in values.items() if name != "num_patches"}
+        pairs = ("grid", "canvas", "crop")
+        given["tiles"] = tuple(Tile(**{**tile, **{name: tuple(tile[name]) for name in pairs}}) for tile in values["tiles"])
+        given["dropped"] = tuple(Window(**window) for window in values["dropped"])
+        return cls(**{**given, "layout": tuple(values["layout"])})
 
     def _scales(self) -> list[tuple[float, int]]:
         """(native pixels per encoded pixel, native pixels) of each tile that represents a part of the scene."""

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from ..backends.base import Backend
+from ..backends.base import Backend, Embeddings, StagedBackend
 from ..config import RsvlmConfig
+from ..contract import tap_names
 from ..engine.checks import check_integer
 from ..errors import ImageReadError, InputError
 from ..imagery.acquired import acquired_of
@@ -23,8 +24,8 @@ from ..imagery.footprint import Transform, footprints
 from ..imagery.plan import TilePlan, Window
 from ..imagery.source import DEFAULT_MAX_PIXELS, Scene, open_scene, within_memory
 from ..tasks.scene import PreparedScene, SceneSettings, prepare_scene
-from .archive import IndexedScene
-from .writer import EncodedView, Rectangle
+from .archive import F32, FeatureFormat, FeatureType, IndexedScene, ViewFeatures
+from .segment import EncodedView, Rectangle
 
 WINDOW_PX = (
     1024  # of a scene that is larger: about what the default budget of 512 visual tokens shows at half its native detail
@@ -48,6 +49,8 @@ class Encoder(Protocol):
 class EncodeSettings:
     """How scenes are read and planned. A scene whose long side is above window_px is encoded in windows of at most that side.
 
+    features: keep the vision encoder's taps of each view as numbers of this type; None keeps none.
+
     Raises:
         InputError: a window below 1 px. See `SceneSettings` for the rest.
     """
@@ -55,6 +58,7 @@ class EncodeSettings:
     scene: SceneSettings
     window_px: int = WINDOW_PX
     batch_size: int = 4
+    features: FeatureType | None = None
 
     def __post_init__(self) -> None:
         for name in ("window_px", "batch_size"):
@@ -68,6 +72,30 @@ class EncodeSettings:
         values = {name: value for name, value in asdict(self.scene).items() if name != "max_pixels"}
         bands = values["bands"]
         return values | {"bands": None if bands is None else list(bands), "window_px": self.window_px}
+
+    def encoding_by(self, encoder: Encoder) -> dict[str, Any]:
+        """`encoding`, and how this encoder's features are kept.
+
+        Raises:
+            InputError: features of a backend that cannot be taken apart, or of a model that writes no text.
+        """
+        if self.features is None:
+            return self.encoding
+        backend, config = encoder.backend, encoder.config
+        if not isinstance(backend, StagedBackend):
+            raise InputError(
+                f'features cannot be kept of backend "{backend.name}", which encodes in one step; choose another one'
+            )
+        if config.language is None:
+            raise InputError("features are kept for answers, and this checkpoint has no language model; leave --features out")
+        levels = len(kept_taps(config))
+        kept = FeatureFormat(self.features, levels, config.vision.hidden_size, backend.name, backend.precision)
+        return self.encoding | {"features": asdict(kept)}
+
+
+def kept_taps(config: RsvlmConfig) -> tuple[str, ...]:
+    """The taps that a model reads to answer: experts read all levels, without them Y is of the scene's level alone."""
+    return tap_names() if config.experts is not None else tap_names()[2:]
 
 
 def content_hash(path: str | Path) -> str:
@@ -110,12 +138,24 @@ class OpenedScene:
         prepared_windows = self._prepared()
         empty = True
         while batch := list(itertools.islice(prepared_windows, self._settings.batch_size)):
-            features = self._encoder.backend.encode([prepared.packed for _, prepared in batch], [None] * len(batch))
-            for (window, prepared), feature in zip(batch, features, strict=True):
-                yield self._view(window, prepared, feature)
+            for (window, prepared), (embeddings, taps) in zip(batch, self._encoded([each for _, each in batch]), strict=True):
+                yield self._view(window, prepared, embeddings, taps)
             empty = False
         if empty:
             raise ImageReadError(f"{self.record.source} has no valid pixel in any window; check its nodata value and mask")
+
+    def _encoded(self, batch: Sequence[PreparedScene]) -> Iterator[tuple[Embeddings, F32 | None]]:
+        """Embeddings of each, and the taps that are kept."""
+        backend, packed = self._encoder.backend, [each.packed for each in batch]
+        if self._settings.features is None:
+            for features in backend.encode(packed, [None] * len(packed)):
+                yield backend.embed_image(features), None
+            return
+        assert isinstance(backend, StagedBackend)  # encoding_by refused another one
+        for scene, taps in zip(packed, backend.encode_tiles(packed), strict=True):
+            embeddings = backend.align(taps, scene)
+            assert embeddings is not None  # an archive needs alignment
+            yield embeddings, np.stack([taps[name] for name in kept_taps(self._encoder.config)])
 
     def _prepared(self) -> Iterator[tuple[Window, PreparedScene]]:
         config, settings = self._encoder.config, self._settings.scene
@@ -134,8 +174,7 @@ class OpenedScene:
             plain = SceneSettings(**{**asdict(settings), "bands": None, "max_pixels": None})  # bands are chosen already
             yield window, prepare_scene(picture, config, plain)
 
-    def _view(self, window: Window, prepared: PreparedScene, features: Any) -> EncodedView:
-        embeddings = self._encoder.backend.embed_image(features)
+    def _view(self, window: Window, prepared: PreparedScene, embeddings: Embeddings, taps: F32 | None) -> EncodedView:
         tiles = _tiles(prepared.plan, window)
         transform, crs = self.record.transform, self.record.crs
         places = [window, *(Window(*tile) for tile in tiles)]
@@ -148,6 +187,7 @@ class OpenedScene:
             embeddings.object,
             embeddings.region,
             embeddings.scene,
+            None if taps is None else ViewFeatures(taps, prepared.plan.to_dict(), prepared.warnings),
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config import LEVELS
 from ..errors import InputError, MissingDependencyError
 from .archive import F32, Archive, Segment
 from .search import (
@@ -83,6 +85,15 @@ def build_graph(archive: Archive, level: SearchLevel) -> Path:
     except OSError as error:
         raise InputError(f"graph {file} cannot be written ({error.strerror}); make room") from None
     return file
+
+
+def held_segments(folder: Path, except_levels: Collection[str] = ()) -> set[str]:
+    """Segments that a graph of the archive counts rows through, so that they must stay; levels apart that are built anew."""
+    held: set[str] = set()
+    for level in LEVELS:
+        about = None if level in except_levels else _read_list(folder / GRAPHS / f"{level}.json")
+        held |= set() if about is None else set(about[0])
+    return held
 
 
 def why_no_graph(archive: Archive, query: ArchiveQuery, filters: Filters | None) -> str | None:
@@ -169,17 +180,25 @@ def _direction(query: ArchiveQuery) -> F32:
 def _covered(archive: Archive, level: str) -> set[str] | None:
     """The segments that a level's graph holds; None without a graph, or with one that does not fit the archive."""
     file = _graph_file(archive, level)
-    try:
-        about = json.loads(_list_file(file).read_text(encoding="utf-8"))
-        names, rows = list(about["segments"]), int(about["rows"])
-    except (OSError, ValueError, KeyError, TypeError):
+    about = _read_list(_list_file(file))
+    if about is None:
         return None
+    names, rows = about
     held = [segment for segment in archive.segments if segment.counts.name in names]
     # it must hold the archive's first segments, in their order: keys are rows counted through them
     fits = names == [segment.counts.name for segment in archive.segments[: len(names)]]
     if not fits or rows != sum(segment.counts.rows(level) for segment in held) or not file.is_file():
         return None
     return set(names)
+
+
+def _read_list(file: Path) -> tuple[list[str], int] | None:
+    """Segments of a graph and their rows; None without a readable list, without which no graph is used."""
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        return list(about["segments"]), int(about["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _graph_file(archive: Archive, level: str) -> Path:

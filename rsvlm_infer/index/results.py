@@ -21,6 +21,7 @@ from .search import Hit, SearchResult
 SCORE_DECIMALS = 6
 SUFFIXES = (".geojson", ".png")
 CARD_PX, COLUMNS, MARGIN_PX, WORDS_PX = 240, 5, 20, 66
+ANSWER_LINES, ANSWER_LINE_PX = 6, 18
 PAPER, INK, FAINT, GROUND, LINE = (250, 250, 248), (28, 30, 34), (104, 108, 116), (226, 226, 222), (200, 200, 194)
 
 
@@ -38,11 +39,12 @@ def hit_values(hit: Hit) -> dict[str, Any]:
         "gsd_native_m": scene.gsd_native_m,
         "content_hash": scene.content_hash,
         "bbox": None if hit.bbox is None else list(hit.bbox),
+        **({} if hit.answer is None else {"answer": hit.answer}),
     }
 
 
 def hit_line(hit: Hit) -> str:
-    """One find as a line: score, file, window, date, and its middle where it has a place."""
+    """One find as a line: score, file, window, date, its middle where it has a place, and its answer where it was asked."""
     row, col, height, width = hit.window
     words = [
         f"{hit.score:.4f}",
@@ -50,11 +52,12 @@ def hit_line(hit: Hit) -> str:
         f"row {row} column {col} {height} x {width}",
         (hit.scene.acquired or "-")[:10],
     ]
-    if hit.bbox is None:
-        return "\t".join([*words, "-"])
-    west, south, east, north = hit.bbox
-    middle = (west + east + (360 if west > east else 0)) / 2
-    return "\t".join([*words, f"{(south + north) / 2:.5f} {(middle + 180) % 360 - 180:.5f}"])
+    place = "-"
+    if hit.bbox is not None:
+        west, south, east, north = hit.bbox
+        middle = (west + east + (360 if west > east else 0)) / 2
+        place = f"{(south + north) / 2:.5f} {(middle + 180) % 360 - 180:.5f}"
+    return "\t".join([*words, place, *([] if hit.answer is None else [" ".join(hit.answer.split())])])
 
 
 def results_geojson(result: SearchResult, query: str) -> str:
@@ -88,14 +91,17 @@ def contact_sheet(result: SearchResult, query: str) -> bytes:
     title = wrapped(query, 24, width - 2 * MARGIN_PX, max_lines=2) or ["search"]
     top = MARGIN_PX + 32 * len(title) + 14
     rows = -(-len(result.hits) // columns)
-    page = Image.new("RGB", (width, top + rows * (CARD_PX + WORDS_PX + MARGIN_PX) + MARGIN_PX), PAPER)
+    answers = [wrapped(hit.answer or "", 13, CARD_PX, max_lines=ANSWER_LINES) for hit in result.hits]
+    longest = max(map(len, answers), default=0)
+    words_px = WORDS_PX + (ANSWER_LINE_PX * longest + 6 if longest else 0)
+    page = Image.new("RGB", (width, top + rows * (CARD_PX + words_px + MARGIN_PX) + MARGIN_PX), PAPER)
     draw = ImageDraw.Draw(page)
     for index, line in enumerate(title):
         draw.text((MARGIN_PX, MARGIN_PX - 4 + 32 * index), line, INK, font(24))
     for index, hit in enumerate(result.hits):
         left = MARGIN_PX + index % columns * (CARD_PX + MARGIN_PX)
-        upper = top + index // columns * (CARD_PX + WORDS_PX + MARGIN_PX)
-        _card(page, left, upper, index + 1, hit)
+        upper = top + index // columns * (CARD_PX + words_px + MARGIN_PX)
+        _card(page, left, upper, index + 1, hit, answers[index])
     buffer = io.BytesIO()
     page.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -131,7 +137,7 @@ def _place(hit: Hit) -> Footprint:
     return footprint(Window(*hit.window), hit.scene.transform, hit.scene.crs)
 
 
-def _card(page: Image.Image, left: int, top: int, rank: int, hit: Hit) -> None:
+def _card(page: Image.Image, left: int, top: int, rank: int, hit: Hit, answer: list[str]) -> None:
     draw = ImageDraw.Draw(page)
     draw.rectangle((left - 1, top - 1, left + CARD_PX, top + CARD_PX), GROUND, LINE)
     try:
@@ -153,6 +159,8 @@ def _card(page: Image.Image, left: int, top: int, rank: int, hit: Hit) -> None:
     else:
         facts.append(f"{hit.window[3]} × {hit.window[2]} px")
     draw.text((left, below + 41), "  ·  ".join(filter(None, facts)), FAINT, font(13))
+    for index, line in enumerate(answer):
+        draw.text((left, below + 64 + ANSWER_LINE_PX * index), line, INK, font(13))
 
 
 def _crop(hit: Hit) -> Image.Image:

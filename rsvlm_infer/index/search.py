@@ -107,7 +107,9 @@ class ArchiveQuery:
 
 @dataclass(frozen=True)
 class Hit:
-    """One find. window: row_off, col_off, height, width in pixels of the scene. view: the encoded window that it lies in."""
+    """One find. window: row_off, col_off, height, width in pixels of the scene. view: the encoded window that it lies in.
+
+    view_name: of the view in its archive, SEGMENT/INDEX. answer: what the model said about the view, when it was asked."""
 
     score: float
     level: SearchLevel
@@ -115,6 +117,8 @@ class Hit:
     window: tuple[int, int, int, int]
     view: tuple[int, int, int, int]
     bbox: tuple[float, float, float, float] | None
+    view_name: str
+    answer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -269,7 +273,8 @@ def top_rows(scores: F32, top: int) -> NDArray[np.int64]:
 def _hit(segment: Segment, level: SearchLevel, row: int, score: float) -> Hit:
     own = "scene" if level == "all" else level
     place = segment.places(own)[row]
-    view = segment.views[int(segment.view_of(own, np.array([row]))[0])]
+    index = int(segment.view_of(own, np.array([row]))[0])
+    view = segment.views[index]
     bbox = tuple(float(value) for value in place["bbox"])
     return Hit(
         score,
@@ -278,6 +283,7 @@ def _hit(segment: Segment, level: SearchLevel, row: int, score: float) -> Hit:
         _rectangle(place),
         _rectangle(view),
         None if math.isnan(bbox[0]) else (bbox[0], bbox[1], bbox[2], bbox[3]),
+        f"{segment.counts.name}/{index}",
     )
 
 

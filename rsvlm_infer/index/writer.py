@@ -7,67 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..config import LEVELS
 from ..errors import InputError, RsvlmError
-from ..imagery.footprint import BBox
-from .archive import (
-    F32,
-    FILES,
-    MANIFEST,
-    PLACE_ROW,
-    SCENE_ROW,
-    SCENES,
-    SEGMENTS,
-    VIEW_ROW,
-    Archive,
-    IndexedScene,
-    Manifest,
-    SegmentCounts,
-    read_manifest,
-)
+from .archive import MANIFEST, SEGMENTS, Archive, IndexedScene, Manifest, Segment, SegmentCounts, read_manifest
+from .segment import EncodedView, OpenSegment
 
 SEGMENT_VIEWS = 4096  # a segment is closed when it has so many; few segments keep a search short
 SEGMENT_S = 120.0  # or when it took so long: what a kill may cost
+# Many short runs leave many small segments. MERGED or more small neighbours become one when that at least doubles the largest of them:
+# so a row is copied once for each doubling of its segment (some ten times from 60 KB), and not with each run.
+MERGED = 8
+SMALL_BYTES = 1 << 26  # larger segments are left alone
+DROPPED_SHARE = 0.5  # of a segment's views: from there on it is written anew without them
 LOCK, PART = ".lock", ".part"
 
 
 class ArchiveUnwritableError(InputError):
     """The archive itself cannot grow: every scene would fail for the same reason."""
-
-
-Rectangle = tuple[int, int, int, int]  # row_off, col_off, height, width
-
-
-@dataclass(frozen=True)
-class EncodedView:
-    """One encoded window of a scene: embeddings and where they lie.
-
-    object [T, k, De], region [T, De], scene [De]; an absent level is empty. tiles: the part of the scene that each tile shows. bboxes:
-    of the window, then of each tile; None without a place.
-    """
-
-    window: Rectangle
-    tiles: tuple[Rectangle, ...]
-    bboxes: tuple[BBox | None, ...]
-    gsd_effective_m: float | None
-    object: F32
-    region: F32
-    scene: F32
 
 
 class ArchiveWriter:
@@ -89,10 +53,9 @@ class ArchiveWriter:
         except BaseException:
             self._lock.close()
             raise
-        self._sources = {scene.content_hash: scene.source for _, scene in scenes}
-        self._names = {scene.source: (name, scene.content_hash) for name, scene in scenes}
+        self._know(scenes)
         self._replaced: list[str] = []
-        self._segment: _OpenSegment | None = None
+        self._segment: OpenSegment | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -116,7 +79,7 @@ class ArchiveWriter:
         if known is not None:
             raise InputError(f"scene {scene.source} is in the archive already, as {known}; leave it out")
         try:
-            segment = self._segment = self._segment or _OpenSegment(self._part_folder, self._manifest.embed_size)
+            segment = self._segment = self._segment or OpenSegment(self._part_folder, self._manifest)
             added = segment.add(scene, views)
         except RsvlmError:  # of the scene, which is an OSError too when it cannot be read
             raise
@@ -141,17 +104,37 @@ class ArchiveWriter:
         segment, self._segment = self._segment, None
         if segment is None or not segment.counts("").scenes:
             return
-        name = self._next_name
         try:
-            segment.close()
-            segment.folder.replace(self.folder / SEGMENTS / name)
-            _sync_folder(self.folder / SEGMENTS)
-            segments = (*self._manifest.segments, segment.counts(name))
+            segments = (*self._manifest.segments, self._closed(segment))
             dropped = (*self._manifest.dropped, *self._replaced)
             self._write(dataclasses.replace(self._manifest, segments=segments, dropped=dropped))
             self._replaced = []
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def merge(self, left_alone: Collection[str] = ()) -> int:
+        """Makes one segment of many small neighbours, and rewrites segments of which most was dropped; how many segments went.
+
+        The order of what is left stays, and so do ties between finds. The old segments are removed once the manifest no longer names
+        them; an archive that was opened before keeps them mapped.
+
+        Args:
+            left_alone: names of segments that must stay: a graph counts rows through them.
+
+        Raises:
+            ArchiveUnwritableError: a file cannot be written.
+        """
+        self.close_segment()
+        gone = 0
+        while chosen := self._to_merge(left_alone):
+            gone += len(chosen)
+            try:
+                self._replace(chosen)
+            except OSError as error:
+                raise self._unwritable(error) from None
+        if gone:
+            self._know(list(Archive(self.folder, self._manifest).scenes()))
+        return gone
 
     def __enter__(self) -> ArchiveWriter:
         return self
@@ -167,6 +150,52 @@ class ArchiveWriter:
             with suppress(OSError):
                 self._clean()
             self._lock.close()
+
+    def _know(self, scenes: Sequence[tuple[str, IndexedScene]]) -> None:
+        self._sources = {scene.content_hash: scene.source for _, scene in scenes}
+        self._names = {scene.source: (name, scene.content_hash) for name, scene in scenes}
+
+    def _closed(self, segment: OpenSegment) -> SegmentCounts:
+        """Brings a segment to the disk under the next name; no manifest knows it yet."""
+        name = self._next_name
+        segment.close()
+        segment.folder.replace(self.folder / SEGMENTS / name)
+        _sync_folder(self.folder / SEGMENTS)
+        return segment.counts(name)
+
+    def _to_merge(self, left_alone: Collection[str]) -> list[Segment]:
+        """The first neighbours that should be one segment, or the first segment that should be written anew."""
+        archive = Archive(self.folder, self._manifest)
+        run: list[Segment] = []
+        for segment in [*archive.segments, None]:
+            if segment is not None and segment.nbytes < SMALL_BYTES and segment.counts.name not in left_alone:
+                run.append(segment)
+                continue
+            first, stop = worth_merging([each.nbytes for each in run])
+            if stop:
+                return run[first:stop]
+            run = []
+        for segment in archive.segments:
+            dropped = ~archive.counting(segment)[segment.views["scene"]]
+            if segment.counts.name not in left_alone and dropped.any() and dropped.mean() >= DROPPED_SHARE:
+                return [segment]
+        return []
+
+    def _replace(self, chosen: list[Segment]) -> None:
+        """One new segment with what counts in these neighbours, in their place."""
+        archive, names = Archive(self.folder, self._manifest), [segment.counts.name for segment in chosen]
+        merged = OpenSegment(self._part_folder, self._manifest)
+        for segment in chosen:
+            merged.copy(segment, archive.counting(segment))
+        made = [self._closed(merged)]
+        if not made[0].scenes:  # all of them were dropped; what was written is cleaned up
+            made = []
+        segments = self._manifest.segments
+        first = segments.index(chosen[0].counts)
+        dropped = tuple(each for each in self._manifest.dropped if each.partition("/")[0] not in names)
+        segments = (*segments[:first], *made, *segments[first + len(chosen) :])
+        self._write(dataclasses.replace(self._manifest, segments=segments, dropped=dropped))
+        self._clean()
 
     @property
     def _next_name(self) -> str:
@@ -225,94 +254,17 @@ class ArchiveWriter:
         )
 
 
-class _OpenSegment:
-    """A segment in work: rows go to its files as they come, so that a large scene never stands in memory."""
-
-    def __init__(self, folder: Path, embed_size: int) -> None:
-        self.folder, self.started, self._embed_size = folder, time.monotonic(), embed_size
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir()
-        self._closed: SegmentCounts | None = None
-        self._stack = ExitStack()
-        names = (SCENES, *FILES, *(f"{level}.f32" for level in LEVELS))
-        self._files: dict[str, BinaryIO] = {name: self._stack.enter_context((folder / name).open("wb")) for name in names}
-
-    def add(self, scene: IndexedScene, views: Iterable[EncodedView]) -> IndexedScene:
-        """Writes a scene and its views, or nothing when `views` raises."""
-        ends = {name: file.tell() for name, file in self._files.items()}
-        try:
-            count = seen_px = 0
-            for view in views:
-                self._add_view(view)
-                count += 1
-                seen_px += view.window[2] * view.window[3]
-            scene = dataclasses.replace(scene, num_views=count, skipped_px=scene.height * scene.width - seen_px)
-            line = (json.dumps(scene.to_dict(), sort_keys=True, allow_nan=False) + "\n").encode()
-            row = np.zeros(1, SCENE_ROW)
-            row["offset"], row["length"] = ends[SCENES], len(line)
-            row["acquired"] = np.nan if scene.acquired is None else _seconds(scene.acquired)
-            row["gsd_m"] = np.nan if scene.gsd_native_m is None else scene.gsd_native_m
-            self._files[SCENES].write(line)
-            self._files["scenes.bin"].write(row.tobytes())
-        except BaseException:
-            for name, file in self._files.items():
-                file.seek(ends[name])
-                file.truncate()
-            raise
-        return scene
-
-    def counts(self, name: str) -> SegmentCounts:
-        """Rows so far."""
-        if self._closed is not None:
-            return dataclasses.replace(self._closed, name=name)
-        rows = {file: self._files[file].tell() // dtype.itemsize for file, dtype in FILES.items()}
-        return SegmentCounts(name, *(rows[file] for file in ("scenes.bin", "views.bin", "region.bin", "object.bin")))
-
-    def close(self) -> None:
-        """Brings everything to the disk."""
-        self._closed = self.counts("")
-        with self._stack:
-            for file in self._files.values():
-                file.flush()
-                os.fsync(file.fileno())
-
-    def _add_view(self, view: EncodedView) -> None:
-        counts = self.counts("")
-        row = np.zeros(1, VIEW_ROW)
-        row["scene"] = counts.scenes
-        row["first_region"], row["first_object"] = counts.regions, counts.objects
-        row["gsd_effective_m"] = np.nan if view.gsd_effective_m is None else view.gsd_effective_m
-        _place(row, view.window, view.bboxes[0])
-        self._files["views.bin"].write(row.tobytes())
-        self._write_embeddings("scene", view.scene.reshape(1, -1))
-        tiles = np.zeros(len(view.tiles), PLACE_ROW)
-        tiles["view"] = counts.views
-        for index, (tile, bbox) in enumerate(zip(view.tiles, view.bboxes[1:], strict=True)):
-            _place(tiles[index : index + 1], tile, bbox)
-        if view.region.size:
-            self._files["region.bin"].write(tiles.tobytes())
-            self._write_embeddings("region", view.region)
-        if view.object.size:
-            self._files["object.bin"].write(np.repeat(tiles, view.object.shape[1]).tobytes())
-            self._write_embeddings("object", view.object.reshape(-1, self._embed_size))
-
-    def _write_embeddings(self, level: str, rows: F32) -> None:
-        if rows.shape[1] != self._embed_size or not np.isfinite(rows).all():
-            raise InputError(
-                f"{level} embeddings must be finite [rows, {self._embed_size}], got {list(rows.shape)}; look for an overflow in the "
-                "model, or another checkpoint"
-            )
-        self._files[f"{level}.f32"].write(np.ascontiguousarray(rows, "<f4").tobytes())
-
-
-def _place(row: NDArray[Any], window: Rectangle, bbox: BBox | None) -> None:
-    row["row_off"], row["col_off"], row["height"], row["width"] = window
-    row["bbox"] = (np.nan,) * 4 if bbox is None else bbox
-
-
-def _seconds(acquired: str) -> float:
-    return datetime.fromisoformat(acquired).timestamp()
+def worth_merging(sizes: Sequence[int]) -> tuple[int, int]:
+    """The first neighbours that should become one, as many as can: first and stop, (0, 0) for none."""
+    for first in range(len(sizes) - MERGED + 1):
+        total = largest = stop = 0
+        for index in range(first, len(sizes)):
+            total, largest = total + sizes[index], max(largest, sizes[index])
+            if index - first + 1 >= MERGED and total >= 2 * largest:
+                stop = index + 1
+        if stop:
+            return first, stop
+    return 0, 0
 
 
 def _locked(folder: Path) -> BinaryIO:

@@ -11,6 +11,7 @@ import torch
 
 from rsvlm_infer.backends import Prompt, load_backend, why_not
 from rsvlm_infer.backends import eager as eager_module
+from rsvlm_infer.backends.base import Query, StagedBackend
 from rsvlm_infer.backends.eager import EagerBackend
 from rsvlm_infer.config import (
     AlignmentConfig,
@@ -26,6 +27,7 @@ from rsvlm_infer.errors import BackendError, InputError
 from rsvlm_infer.imagery.pack import PackedScene, pack_scene
 from rsvlm_infer.imagery.plan import plan_scene
 from rsvlm_infer.imagery.source import open_scene
+from rsvlm_infer.knowledge.store import KnowledgeBase
 from rsvlm_infer.models.rsvlm import RsvlmModel
 
 IMAGE = -200
@@ -130,6 +132,59 @@ def test_modules_with_closed_gates_change_nothing() -> None:
     torch.testing.assert_close(
         full.encode([scene])[0].handle.tokens, plain.encode([scene])[0].handle.tokens, atol=1e-6, rtol=1e-6
     )
+
+
+FULL = dataclasses.replace(
+    CONFIG,
+    augmentation=AugmentationConfig(num_heads=2),
+    experts=ExpertsConfig(num_experts=6, top_k=2, intermediate_size=16),
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FULL,
+        CONFIG,
+        dataclasses.replace(CONFIG, alignment=None),
+        dataclasses.replace(CONFIG, language=None, projector=None, alignment=None),
+        dataclasses.replace(CONFIG, alignment=AlignmentConfig(16, pooling="class", levels=("scene",))),
+    ],
+    ids=["full", "plain", "without alignment", "without projector", "class token"],
+)
+@pytest.mark.parametrize("asked", [True, False])
+def test_stages_one_by_one_are_encode(config: RsvlmConfig, asked: bool) -> None:
+    """The same bits; what comes after the vision encoder needs no patches."""
+    backend = _backend(config)
+    assert isinstance(backend, StagedBackend)
+    if config.augmentation is not None:
+        vectors = np.random.default_rng(0).normal(size=(9, 16))
+        entries = [f"fact {index}" for index in range(9)]
+        backend.knowledge = KnowledgeBase(entries, np.arange(9) % 3, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    scene = _scene(config, 70, 45)
+    query = Query(np.array([3, 4, 5], np.int32), np.full(16, 0.25, np.float32)) if asked else None
+    (expected,) = backend.encode([scene], [query])
+    (taps,) = backend.encode_tiles([scene])
+    bare = dataclasses.replace(scene, patches=scene.patches[:0])
+    embeddings = backend.align(taps, bare)
+    if config.alignment is None:
+        assert embeddings is None
+    else:
+        assert embeddings is not None
+        for level in ("object", "region", "scene"):
+            np.testing.assert_array_equal(getattr(embeddings, level), getattr(backend.embed_image(expected), level))
+    cues, texts = backend.find_cues(embeddings, query)
+    assert texts == expected.cues
+    assert bool(texts) == (config.augmentation is not None)
+    tokens = backend.bridge(taps, bare, cues)
+    if config.projector is None:
+        assert tokens is None
+        return
+    assert tokens is not None
+    np.testing.assert_array_equal(tokens, expected.handle.tokens.numpy())
+    found = backend.features_of(tokens)
+    assert found.num_tokens == expected.num_tokens
+    torch.testing.assert_close(found.handle.tokens, expected.handle.tokens, rtol=0, atol=0)
 
 
 def test_texts_of_different_lengths_equal_texts_alone() -> None:

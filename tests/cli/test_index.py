@@ -12,15 +12,17 @@ from PIL import Image
 
 from rsvlm_infer.cli import index as commands
 from rsvlm_infer.index.archive import Archive
+from rsvlm_infer.index.writer import MERGED
+from rsvlm_infer.pipeline import RSVLM
 from tests.cli.running import objects, run
-from tests.tasks.telling_model import TellingBackend, picture
+from tests.tasks.telling_model import StagedTellingBackend, TellingBackend, load_tokenizer, picture
 
 
 @pytest.fixture(autouse=True)
 def digest(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The digest of the fake checkpoint, which a test may change."""
     values = {"embedder": "e" * 64}
-    monkeypatch.setattr(commands, "embedder_digest", lambda path: values["embedder"])
+    monkeypatch.setattr(commands, "embedder_of", lambda path: values["embedder"])
     return values
 
 
@@ -161,3 +163,122 @@ def test_an_archive_of_another_checkpoint_is_refused(
     code, _, err = run(capsys, "search", archive + "2", "a")
     assert code == 2
     assert "has no manifest.json" in err
+
+
+@pytest.fixture
+def staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StagedTellingBackend:
+    """In place of the fake that encodes in one step."""
+    backend, tokenizer = StagedTellingBackend(), load_tokenizer(tmp_path / "tokenizer")
+    monkeypatch.setattr(RSVLM, "from_pretrained", lambda path, backend_name, precision: RSVLM(backend, tokenizer))
+    return backend
+
+
+@pytest.fixture
+def remembering(staged: StagedTellingBackend, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """An archive with features whose scenes are gone."""
+    folder = str(tmp_path / "archive")
+    names = [files[name] for name in ("red", "green", "blue")]
+    assert run(capsys, "index", *names, "-o", folder, "--features", "float16")[0] == 0
+    for name in names:
+        Path(name).unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt"),
+    [
+        (["--describe"], "Describe this remote sensing image in one sentence."),
+        (["--ask", "Which colour?"], "Which colour?"),
+        (["--ask", "Which colour?", "--level", "region", "--batch-size", "2"], "Which colour?"),
+    ],
+)
+def test_finds_are_answered_without_their_scenes(
+    options: list[str],
+    prompt: str,
+    remembering: str,
+    staged: StagedTellingBackend,
+    files: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    encoded = staged.tiles_encoded
+    assert encoded == 3
+    code, out, _ = run(capsys, "search", remembering, last_byte_word(1), *options)
+    assert code == 0
+    lines = [line.split("\t") for line in out.splitlines()]
+    colours = {files[name]: name for name in ("red", "green", "blue")}
+    assert [line[-1] for line in lines] == [f"A {colours[line[1]]} scene." for line in lines]
+    assert len(lines) == 3
+    assert all(prompt in said for said in staged.prompts)
+    assert staged.prefills == ([2, 1] if "--batch-size" in options else [3])
+    assert (staged.tiles_encoded, staged.encoded) == (encoded, []), "nothing is encoded again"
+    code, out, _ = run(capsys, "search", remembering, last_byte_word(1), "--top", "1", "--format", "json", *options)
+    assert objects(out)[0]["answer"] == " A green scene.\n".strip()
+    assert "answer" not in objects(run(capsys, "search", remembering, last_byte_word(1), "--format", "json")[1])[0]
+
+
+def test_choices_and_length_bind_answers(remembering: str, capsys: pytest.CaptureFixture[str]) -> None:
+    word = last_byte_word(0)
+    choices = ["--choice", "yes", "--choice", "no"]
+    _, out, _ = run(capsys, "search", remembering, word, "--ask", "Is it red?", *choices, "--format", "json")
+    assert {each["answer"] for each in objects(out)} <= {"yes", "no"}
+    _, out, _ = run(
+        capsys, "search", remembering, word, "--describe", "--max-new-tokens", "4", "--top", "1", "--format", "json"
+    )
+    assert objects(out)[0]["answer"] == "A r"
+
+
+def test_answers_stand_in_files(remembering: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    plain, told, hits = tmp_path / "plain.png", tmp_path / "told.png", tmp_path / "hits.geojson"
+    word = last_byte_word(2)
+    assert run(capsys, "search", remembering, word, "-o", str(plain))[0] == 0
+    assert run(capsys, "search", remembering, word, "--describe", "-o", str(told), "-o", str(hits))[0] == 0
+    assert json.loads(hits.read_text())["features"][0]["properties"]["answer"] == "A blue scene."
+    with Image.open(plain) as without, Image.open(told) as with_answers:
+        assert with_answers.height > without.height
+        below = with_answers.crop((0, without.height - 20, with_answers.width, with_answers.height - 20))
+        assert len(below.convert("L").getcolors() or []) > 2, "the words stand below the cards"
+
+
+def test_answers_need_features_and_fitting_words(
+    archive: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, words in (
+        (["--ask", "What?"], "keeps no features to answer from; make it with rsvlm index --features float32"),
+        (["--describe"], "keeps no features to answer from"),
+        (["--describe", "--ask", "What?"], "--describe asks for a caption, got --ask too"),
+        (["--choice", "yes", "--choice", "no"], "--choice needs a question, got none; add --ask QUESTION"),
+        (["--ask", "What?", "--choice", "yes"], "--choice must hold at least two texts"),
+        (["--ask", " "], "--ask must not be blank"),
+    ):
+        code, out, err = run(capsys, "search", archive, "a", *options)
+        assert (code, out) == (2, "")
+        assert words in err
+    code, _, err = run(capsys, "index", files["red"], "-o", str(tmp_path / "x"), "--features", "float32")
+    assert code == 2
+    assert 'features cannot be kept of backend "fake", which encodes in one step' in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_another_backend_or_precision_is_refused(
+    remembering: str, staged: StagedTellingBackend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    staged.precision = "bfloat16"
+    code, _, err = run(capsys, "search", remembering, "a", "--describe")
+    assert code == 1
+    assert "keeps features of backend fake at float32, backend fake at bfloat16 cannot go on from them" in err
+    assert run(capsys, "search", remembering, "a")[0] == 0, "searching needs no features"
+
+
+def test_many_short_runs_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path / "archive")
+    generator = np.random.default_rng(0)
+    for index in range(MERGED):
+        file = tmp_path / f"{index}.png"
+        Image.fromarray(generator.integers(0, 255, (30, 30, 3), np.uint8)).save(file)
+        code, _, err = run(capsys, "index", str(file), "-o", folder)
+        assert code == 0
+        assert (f"merged {MERGED} segments" in err) == (index == MERGED - 1)
+    archive = Archive.open(folder)
+    assert len(archive.segments) == 1
+    assert [Path(scene.source).name for _, scene in archive.scenes()] == [f"{index}.png" for index in range(MERGED)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from rsvlm_infer.config import DrisConfig, RsvlmConfig
 from rsvlm_infer.errors import InputError
 from rsvlm_infer.imagery import pack
 from rsvlm_infer.imagery.complexity import ComplexityMap
-from rsvlm_infer.imagery.pack import PackedScene, pack_scene
-from rsvlm_infer.imagery.plan import count_tokens, plan_scene
+from rsvlm_infer.imagery.pack import PackedScene, pack_scene, without_patches
+from rsvlm_infer.imagery.plan import TilePlan, count_tokens, plan_scene
 from rsvlm_infer.imagery.source import Scene, open_scene
 from tests.imagery.configs import CLIP_MEAN, CLIP_STD, imagery_config
 
@@ -167,6 +168,19 @@ def test_packed_scene_carries_the_plan_and_its_numbers() -> None:
     # half the scene in four leaves of 250 x 200 px, half in one of 500 x 400 px, each on 224 x 224
     assert result.scene["gsd_effective_m"] == pytest.approx(0.3 * (250 / 224 + 500 / 224) / 2)
     assert packed(picture(50, 50), config).scene["gsd_effective_m"] is None
+
+
+@pytest.mark.parametrize("tiling", ["fixed", "anyres", "dris"])
+def test_a_plan_comes_back_from_json_and_says_all_but_the_patches(tiling: Any) -> None:
+    config = imagery_config(tiling)
+    whole = packed(picture(300, 200), config)
+    plan = TilePlan.from_dict(json.loads(json.dumps(whole.plan.to_dict())))
+    assert plan == whole.plan
+    again = without_patches(plan, config, whole.scene["name"], whole.scene["gsd_native_m"])
+    assert again.patches.shape == (0, whole.patches.shape[1])
+    for name in ("cu_seqlens", "grids", "boxes"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
+    assert (again.num_tokens, again.scene) == (whole.num_tokens, whole.scene)
 
 
 def test_enlarging_a_small_scene_gives_no_finer_ground_distance() -> None:

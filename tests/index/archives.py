@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from rsvlm_infer.index.archive import F32, Archive, IndexedScene
-from rsvlm_infer.index.writer import ArchiveWriter, EncodedView
+from rsvlm_infer.index.archive import F32, Archive, IndexedScene, ViewFeatures
+from rsvlm_infer.index.segment import EncodedView
+from rsvlm_infer.index.writer import ArchiveWriter
 
 EMBEDDER, WIDTH = "e" * 64, 16
 ENCODING: dict[str, Any] = {"tiling": None, "window_px": 1024}
+FEATURES = {"dtype": "float32", "levels": 3, "width": 8, "backend": "fake", "precision": "float32"}
 
 
 def unit(generator: np.random.Generator, *shape: int) -> F32:
@@ -36,7 +38,8 @@ def scene(name: str, content: str | None = None, **changes: Any) -> IndexedScene
     return IndexedScene(**(values | changes))
 
 
-def view(generator: np.random.Generator, tiles: int = 3, objects: int = 2, bboxes: Any = None) -> EncodedView:
+def view(generator: np.random.Generator, tiles: int = 3, objects: int = 2, bboxes: Any = None, patches: int = 0) -> EncodedView:
+    """With features when it has patches."""
     return EncodedView(
         window=(0, 0, 100, 200),
         tiles=tuple((10 * tile, 5 * tile, 10 + tile, 20 + tile) for tile in range(tiles)),
@@ -45,6 +48,7 @@ def view(generator: np.random.Generator, tiles: int = 3, objects: int = 2, bboxe
         object=unit(generator, tiles, objects, WIDTH),
         region=unit(generator, tiles, WIDTH),
         scene=unit(generator, WIDTH),
+        features=ViewFeatures(unit(generator, 3, patches, 8), {"tiles": tiles}, ("a warning",)) if patches else None,
     )
 
 

@@ -15,7 +15,8 @@ import pytest
 from rsvlm_infer.errors import CheckpointError, ImageReadError, InputError
 from rsvlm_infer.index import writer as writer_module
 from rsvlm_infer.index.archive import MANIFEST, SEGMENTS, Archive
-from rsvlm_infer.index.writer import ArchiveUnwritableError, EncodedView
+from rsvlm_infer.index.segment import EncodedView
+from rsvlm_infer.index.writer import ArchiveUnwritableError
 from tests.index.archives import EMBEDDER, ENCODING, WIDTH, filled, scene, view, writer
 from tests.index.killed_writer import SCENES
 
@@ -197,7 +198,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     archive = filled(tmp_path / "a", [(scene("a"), [view(generator)])])
     archive.require_embedder(EMBEDDER)
     with pytest.raises(
-        CheckpointError, match=r"archive .* was encoded by checkpoint eeeeeeeeeeee, it cannot be searched with checkpoint ffff"
+        CheckpointError, match=r"archive .* was encoded by checkpoint eeeeeeeeeeee, it cannot be used with checkpoint ffff"
     ):
         archive.require_embedder("f" * 64)
     with pytest.raises(CheckpointError, match="was encoded by checkpoint"):

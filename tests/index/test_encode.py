@@ -11,7 +11,7 @@ from PIL import Image
 
 from rsvlm_infer.errors import ImageReadError, InputError
 from rsvlm_infer.index.encode import EncodeSettings, content_hash, grid, opened
-from rsvlm_infer.index.writer import EncodedView
+from rsvlm_infer.index.segment import EncodedView
 from rsvlm_infer.pipeline import RSVLM
 from rsvlm_infer.tasks.scene import SceneSettings
 from tests.tasks.telling_model import COLOURS, TellingBackend, load_tokenizer, picture

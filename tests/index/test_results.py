@@ -32,7 +32,7 @@ def hit(
     source: Path | str = "gone.png", score: float = 0.5, window: Any = (10, 20, 30, 60), bbox: Any = None, **changes: Any
 ) -> Hit:
     record = scene("x", **{"source": str(source), "num_views": 1, **changes})
-    return Hit(score, "region", record, window, (0, 0, 100, 200), bbox)
+    return Hit(score, "region", record, window, (0, 0, 100, 200), bbox, "000001/0")
 
 
 def test_lines_and_values() -> None:

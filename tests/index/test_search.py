@@ -14,7 +14,7 @@ from rsvlm_infer.config import AlignmentConfig
 from rsvlm_infer.errors import InputError
 from rsvlm_infer.index.archive import Archive
 from rsvlm_infer.index.search import ArchiveQuery, Filters, SearchLevel, search, top_rows
-from rsvlm_infer.index.writer import EncodedView
+from rsvlm_infer.index.segment import EncodedView
 from rsvlm_infer.tasks.retrieve import alignment_scores
 from tests.index.archives import WIDTH, filled, scene, unit, view
 
@@ -157,6 +157,7 @@ def test_dropped_scenes_are_not_found(tmp_path: Path) -> None:
     for level in ("all", "object", "region", "scene"):
         result = search(archive, ArchiveQuery(level, unit(generator, WIDTH)), 100)  # type: ignore[arg-type]
         assert {hit.scene.content_hash for hit in result.hits} == {scene("a", content="2").content_hash}
+        assert {hit.view_name for hit in result.hits} == {"000001/1"} == set(archive.views())
 
 
 def test_equal_scores_keep_the_order_of_the_archive(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,10 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from rsvlm_infer.backends.base import Prompt
+from rsvlm_infer.backends.base import Embeddings, ImageFeatures, Prompt
 from rsvlm_infer.config import DrisConfig, RsvlmConfig
+from rsvlm_infer.contract import tap_names
+from rsvlm_infer.imagery.pack import PackedScene
 from rsvlm_infer.text.tokenizer import Tokenizer
 from tests.engine.fake_backend import FakeBackend, FakeCache, fake_config
 
@@ -89,6 +92,44 @@ class TellingBackend(FakeBackend):
         for i, row in enumerate(cache.rows):
             logits[i, row[0] if row else END] = 8.0
         return logits
+
+
+@dataclass
+class StagedTellingBackend(TellingBackend):
+    """The same step by step: a tap holds the mean red, green and blue of each patch. `tiles_encoded` counts scenes."""
+
+    tiles_encoded: int = 0
+
+    def encode_tiles(self, scenes: Sequence[PackedScene]) -> list[dict[str, npt.NDArray[np.float32]]]:
+        self.tiles_encoded += len(scenes)
+        found = []
+        for scene in scenes:
+            colours = scene.patches.reshape(len(scene.patches), 3, -1).mean(axis=2)
+            tap = np.pad(colours, ((0, 0), (0, self.config.vision.hidden_size - 3))).astype(np.float32)
+            found.append(dict.fromkeys(tap_names(), tap))
+        return found
+
+    def align(self, taps: dict[str, npt.NDArray[np.float32]], scene: PackedScene) -> Embeddings:
+        bounds, colours = scene.cu_seqlens, taps["tap_scene"][:, :3]
+        tiles = np.stack([colours[start:stop].mean(axis=0) for start, stop in itertools.pairwise(bounds)])
+        tiles = (tiles / np.linalg.norm(tiles, axis=1, keepdims=True)).astype(np.float32)
+        return Embeddings(object=tiles[:, None, :], region=tiles, scene=tiles[0])
+
+    def find_cues(self, embeddings: Embeddings | None, query: Any) -> tuple[None, tuple[str, ...]]:
+        assert embeddings is not None
+        return None, ("a cue",)
+
+    def bridge(self, taps: dict[str, npt.NDArray[np.float32]], scene: PackedScene, cues: Any) -> npt.NDArray[np.float32]:
+        return taps["tap_scene"][: scene.num_tokens]
+
+    def features_of(self, tokens: npt.NDArray[np.float32]) -> ImageFeatures:
+        return ImageFeatures(tokens, len(tokens))
+
+    def embed_image(self, features: ImageFeatures) -> Embeddings:
+        if isinstance(features.handle, PackedScene):
+            return super().embed_image(features)
+        colours = features.handle[:, :3].mean(axis=0)
+        return Embeddings(object=colours[None, None], region=colours[None], scene=colours)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
