@@ -87,8 +87,12 @@ void Decoder::embed(const std::int32_t* ids, std::int64_t count, float* out) con
 }
 
 void Decoder::check_rows(const KvCache& cache, std::int64_t row, std::int64_t position, std::int64_t tokens) const {
-    if (row < 0 || row >= cache.rows() || position < 0 || tokens < 1 || position + tokens > cache.capacity() ||
-        cache.element() != shape_.cache) {
+    if (!cache.fits(shape_)) {
+        throw std::invalid_argument(
+            "cache must be of this model and of its element, got one of another decoder; make it with this "
+            "decoder's cache()");
+    }
+    if (row < 0 || row >= cache.rows() || position < 0 || tokens < 1 || position + tokens > cache.capacity()) {
         throw std::invalid_argument("new tokens must fit a cache of " + std::to_string(cache.rows()) + " rows of " +
                                     std::to_string(cache.capacity()) + " places, got row " + std::to_string(row) + ", places " +
                                     std::to_string(position) + " to " + std::to_string(position + tokens) +

@@ -5,13 +5,18 @@
 #include "rsvlm/decoder.h"
 
 namespace rsvlm {
+namespace {
+
+std::int64_t place_bytes(const DecoderShape& shape) { return shape.head_dim * (shape.cache == Element::kBfloat16 ? 2 : 4); }
+
+}  // namespace
 
 KvCache::KvCache(const DecoderShape& shape, std::int64_t rows, std::int64_t capacity)
     : layers_(shape.layers),
       rows_(rows),
       kv_heads_(shape.kv_heads),
       capacity_(capacity),
-      place_bytes_(shape.head_dim * (shape.cache == Element::kBfloat16 ? 2 : 4)),
+      place_bytes_(place_bytes(shape)),
       element_(shape.cache) {
     if (rows < 1 || capacity < 1 || capacity >= 1 << 24) {
         throw std::invalid_argument("a cache must have at least one row and 1 to 2^24 - 1 places a row, got " +
@@ -20,6 +25,11 @@ KvCache::KvCache(const DecoderShape& shape, std::int64_t rows, std::int64_t capa
     const auto bytes = static_cast<std::size_t>(offset(layers_, 0, 0, 0));
     keys_.reset(new char[bytes]);  // not cleared: nothing is read before it is written, and untouched pages cost nothing
     values_.reset(new char[bytes]);
+}
+
+bool KvCache::fits(const DecoderShape& shape) const {
+    return layers_ == shape.layers && kv_heads_ == shape.kv_heads && element_ == shape.cache &&
+           place_bytes_ == place_bytes(shape);
 }
 
 void KvCache::copy_row(const KvCache& from, std::int64_t from_row, std::int64_t to_row, std::int64_t length) {

@@ -31,7 +31,8 @@ class KvCache {
 
     std::int64_t rows() const { return rows_; }
     std::int64_t capacity() const { return capacity_; }
-    Element element() const { return element_; }
+    // Whether this is a cache of such a model: of another one, places lie elsewhere.
+    bool fits(const DecoderShape& shape) const;
     void* key(std::int64_t layer, std::int64_t row, std::int64_t head, std::int64_t place) const {
         return keys_.get() + offset(layer, row, head, place);
     }
