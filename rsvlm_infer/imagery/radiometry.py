@@ -7,6 +7,7 @@ window would give the same ground two colours (a 20 % zero collar alone moves th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,10 @@ class Stretch:
         """Band values [h, w, C] of any real dtype -> grey levels uint8 [h, w, C]; invalid values become 0."""
         grey = np.empty(values.shape, dtype=np.uint8)
         integer = values.dtype.kind in "iu" and values.dtype.itemsize <= 2
+        bits = np.dtype(f"u{values.dtype.itemsize}" if integer else values.dtype)
         rows = max(1, _CHUNK_PX // max(1, values.shape[1]))
         for band, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
-            table = None
-            if integer:  # a table over all bit patterns: exact and several times faster than float arithmetic
-                bits = np.dtype(f"u{values.dtype.itemsize}")
-                every = np.arange(1 << (8 * values.dtype.itemsize), dtype=bits)
-                table = _map_linear(every.view(values.dtype), low, high)
+            table = _levels(values.dtype, low, high) if integer else None
             for start in range(0, values.shape[0], rows):  # an index takes 8 bytes a pixel
                 part = values[start : start + rows, :, band]
                 # every bit pattern is in the table: "clip" only spares the check
@@ -157,6 +155,15 @@ def _map_linear(values: NDArray[Any], low: float, high: float) -> NDArray[np.uin
     """Round-half-up of (values - low) / (high - low) * 255, clipped; NaN becomes 0."""
     scaled = (values.astype(np.float64) - low) * 255.0 / (high - low) + 0.5
     return np.nan_to_num(np.clip(scaled, 0.0, 255.0), nan=0.0).astype(np.uint8)
+
+
+@lru_cache(maxsize=12)
+def _levels(dtype: np.dtype[Any], low: float, high: float) -> NDArray[np.uint8]:
+    """Grey levels of all bit patterns of an integer dtype: exact, and several times faster than float arithmetic. At most 64 KiB."""
+    every = np.arange(1 << (8 * dtype.itemsize), dtype=f"u{dtype.itemsize}")
+    table = _map_linear(every.view(dtype), low, high)
+    table.setflags(write=False)
+    return table
 
 
 def _mean(channel: NDArray[Any], size: tuple[int, int], box: tuple[float, float, float, float]) -> NDArray[np.float32]:

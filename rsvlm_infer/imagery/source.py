@@ -22,7 +22,7 @@ from PIL import Image
 
 from ..errors import ImageReadError, InputError, MissingDependencyError
 from .access import Access, allowance, driver_of, find_source
-from .coarse import Coarse, overview_of
+from .coarse import Coarse, grey_of, overview_of
 from .plain import decode_plain, open_plain
 from .radiometry import Stretch, area_average, fit_stretch, to_rgb
 
@@ -115,8 +115,7 @@ class Scene(ABC):
         fitted = fit_stretch(values, valid)
         own = self._stretch_choice
         stretch = fitted if own == "percentile" or (own == "auto" and not self._display_ready) else self.stretch
-        rgb, _ = _shown(copy.values, copy.valid, stretch)  # grey levels are enough from now on
-        return _Survey(values, valid, fitted, (rgb, copy.factor))
+        return _Survey(values, valid, fitted, (grey_of(copy, stretch), copy.factor))  # grey levels are enough from now on
 
     @property
     def _costly(self) -> bool:
