@@ -230,8 +230,11 @@ def _shown(
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Grey levels uint8 [h, w, 3] and mask bool [h, w] of band values."""
     grey = values if stretch is None else stretch.apply(values, valid)
-    shared = valid.strides[2] == 0  # one validity for all bands
-    return to_rgb(grey), valid[..., 0] if shared else np.asarray(valid.any(axis=2))
+    mask = valid[..., 0]
+    if valid.strides[2] != 0:  # not one validity for all bands
+        for band in range(1, valid.shape[2]):  # ten times faster than any(axis=2)
+            mask = mask | valid[..., band]
+    return to_rgb(grey), mask
 
 
 class ArrayScene(Scene):
