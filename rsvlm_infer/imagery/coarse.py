@@ -96,11 +96,11 @@ def step_cache_bytes(step: Chunk, width: int, blocks: Blocks) -> int:
     return min(2 * step.height * step.width * blocks.decoded_bytes, blocks.cache_bytes) if whole else blocks.cache_bytes
 
 
-def pass_threads(runs: Sequence[Sequence[Chunk]], blocks: Blocks, cache_bytes: int, most_bytes: int) -> int:
+def pass_threads(spans: Sequence[Sequence[Chunk]], blocks: Blocks, cache_bytes: int, most_bytes: int) -> int:
     """Threads of a pass, each of which holds `cache_bytes` of decoded blocks and the values of a step: as many as cores and `most_bytes`
     allow, at least one."""
-    held = cache_bytes + max(step.height * step.width for run in runs for step in run) * blocks.shown_bytes
-    return max(1, min(num_threads(), len(runs), most_bytes // held))
+    held = cache_bytes + max(step.height * step.width for span in spans for step in span) * blocks.shown_bytes
+    return max(1, min(num_threads(), len(spans), most_bytes // held))
 
 
 def _step_rows(width: int, blocks: Blocks, factor: int) -> int:
@@ -115,15 +115,15 @@ def _step_rows(width: int, blocks: Blocks, factor: int) -> int:
 
 
 def apart(steps: Iterable[Chunk], blocks: Blocks) -> Iterator[list[Chunk]]:
-    """The same steps in runs that have no block in common, so that several handles decode no block twice."""
-    run: list[Chunk] = []
+    """The same steps in spans that have no block in common, so that several handles decode no block twice."""
+    span: list[Chunk] = []
     for step in steps:
-        if run and step.row_off % blocks.height == 0 and step.col_off % blocks.width == 0:
-            yield run
-            run = []
-        run.append(step)
-    if run:
-        yield run
+        if span and step.row_off % blocks.height == 0 and step.col_off % blocks.width == 0:
+            yield span
+            span = []
+        span.append(step)
+    if span:
+        yield span
 
 
 def make_coarse(
@@ -132,13 +132,13 @@ def make_coarse(
     num_bands: int,
     dtype: np.dtype[Any],
     factor: int,
-    runs: Iterable[Sequence[Chunk]],
+    spans: Iterable[Sequence[Chunk]],
     readers: Sequence[OpenReader],
     fills: Sequence[int] | None = None,
 ) -> Coarse:
-    """Reads and reduces every step once, each reader in a thread of its own that takes the runs of steps in order.
+    """Reads and reduces every step once, each reader in a thread of its own that takes the spans of steps in order.
 
-    runs: of steps. readers: each opens, in its thread, what fills an array [C, h, w] with a step's
+    spans: of steps. readers: each opens, in its thread, what fills an array [C, h, w] with a step's
     values and gives its validity, bool [C or 1, h, w] or None where all is valid. fills: of each band of integers, the one value that is
     no measurement; readers then give None. Floats that are not finite are invalid whatever they give.
 
@@ -148,9 +148,9 @@ def make_coarse(
     shape = (-(-height // factor), num_bands, -(-width // factor))
     coarse = Coarse(factor, np.empty(shape, dtype=dtype).transpose(0, 2, 1), np.empty(shape, dtype=np.bool_).transpose(0, 2, 1))
     reduce = resolve("cell_means")
-    waiting, turn, failed = iter(runs), threading.Lock(), threading.Event()
+    waiting, turn, failed = iter(spans), threading.Lock(), threading.Event()
 
-    def next_run() -> Sequence[Chunk]:
+    def next_span() -> Sequence[Chunk]:
         with turn:
             return () if failed.is_set() else next(waiting, ())
 
@@ -159,8 +159,10 @@ def make_coarse(
         buffer: NDArray[Any] = np.empty(0, dtype=dtype)
         try:
             with open_reader() as read:
-                while run := next_run():
-                    for step in run:
+                while span := next_span():
+                    for step in span:
+                        if failed.is_set():
+                            return
                         count = num_bands * step.height * step.width
                         buffer = np.empty(count, dtype=dtype) if buffer.size < count else buffer
                         values = buffer[:count].reshape(num_bands, step.height, step.width)
@@ -191,15 +193,15 @@ def overview_of(coarse: Coarse, height: int, width: int) -> tuple[NDArray[Any], 
         factor *= 2
     if factor > 1:
         rows, cols, num_bands = values.shape
-        runs = [[Chunk(row, 0, count, cols)] for row, count in _parts(rows, factor, num_bands * cols * values.itemsize)]
+        spans = [[Chunk(row, 0, count, cols)] for row, count in _parts(rows, factor, num_bands * cols * values.itemsize)]
 
         def read(step: Chunk, cells: NDArray[Any]) -> NDArray[np.bool_]:
             taken = slice(step.row_off, step.row_off + step.height)
             cells[:] = values[taken].transpose(2, 0, 1)
             return np.ascontiguousarray(valid[taken].transpose(2, 0, 1))
 
-        readers = [lambda: nullcontext(read)] * min(num_threads(), len(runs))
-        smaller = make_coarse(rows, cols, num_bands, values.dtype, factor, runs, readers)
+        readers = [lambda: nullcontext(read)] * min(num_threads(), len(spans))
+        smaller = make_coarse(rows, cols, num_bands, values.dtype, factor, spans, readers)
         values, valid = smaller.values, smaller.valid
     return area_average(values, valid, height, width)
 

@@ -250,17 +250,17 @@ class RasterScene(Scene):
     def _read_coarse(self) -> Coarse:
         dtype = np.dtype(self.dtype)
         factor = coarse_factor(self.height, self.width, len(self._bands), dtype.itemsize)
-        runs = list(apart(chunks(self.height, self.width, self._blocks, factor), self._blocks))
+        spans = list(apart(chunks(self.height, self.width, self._blocks, factor), self._blocks))
         fills = None if self._nodata is None else self._nodata.tolist()
         cache_bytes = self._blocks.cache_bytes
         if fills is not None or self._unmasked:  # a mask has blocks of its own
-            cache_bytes = step_cache_bytes(runs[0][0], self.width, self._blocks)
-        threads = pass_threads(runs, self._blocks, cache_bytes, self._max_ram_bytes // 2)
+            cache_bytes = step_cache_bytes(spans[0][0], self.width, self._blocks)
+        threads = pass_threads(spans, self._blocks, cache_bytes, self._max_ram_bytes // 2)
         reading = replace(self._reading, cache_bytes=threads * cache_bytes)
         own = self._handle.owned  # a caller's dataset may not be one that can be opened again
         turn = Lock()
         readers = [partial(self._open_reader, reading, None if own and index else turn) for index in range(threads)]
-        return make_coarse(self.height, self.width, len(self._bands), dtype, factor, runs, readers, fills)
+        return make_coarse(self.height, self.width, len(self._bands), dtype, factor, spans, readers, fills)
 
     @contextmanager
     def _open_reader(self, reading: Reading, turn: Lock | None) -> Iterator[ReadChunk]:

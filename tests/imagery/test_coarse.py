@@ -73,13 +73,13 @@ def test_runs_of_steps_have_no_block_in_common(
     height: int, width: int, block: tuple[int, int | None], factor: int, cache: int
 ) -> None:
     blocks = Blocks(min(block[0], height), block[1] or width, 6, 8, cache)
-    runs = list(apart(chunks(height, width, blocks, factor), blocks))
-    assert list(itertools.chain(*runs)) == list(chunks(height, width, blocks, factor))
+    spans = list(apart(chunks(height, width, blocks, factor), blocks))
+    assert list(itertools.chain(*spans)) == list(chunks(height, width, blocks, factor))
     touched: set[tuple[int, int]] = set()
-    for run in runs:
+    for span in spans:
         own = {
             (row, col)
-            for step in run
+            for step in span
             for row in range(step.row_off // blocks.height, -(-(step.row_off + step.height) // blocks.height))
             for col in range(step.col_off // blocks.width, -(-(step.col_off + step.width) // blocks.width))
         }
@@ -90,10 +90,10 @@ def test_runs_of_steps_have_no_block_in_common(
 @given(st.integers(1, 200), st.integers(1 << 10, 1 << 24), st.integers(1 << 20, 1 << 30))
 def test_threads_share_the_memory_and_the_cores(cores: int, cache_bytes: int, most_bytes: int) -> None:
     blocks = Blocks(512, 512, 6, 8, 1 << 26)
-    runs = [[Chunk(512 * row, 0, 512, 1024)] for row in range(40)]
+    spans = [[Chunk(512 * row, 0, 512, 1024)] for row in range(40)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rsvlm_infer.imagery.coarse.num_threads", lambda: cores)
-        threads = pass_threads(runs, blocks, cache_bytes, most_bytes)
+        threads = pass_threads(spans, blocks, cache_bytes, most_bytes)
     held = cache_bytes + 512 * 1024 * 6
     assert 1 <= threads <= min(cores, 40)
     assert threads == 1 or threads * held <= most_bytes
@@ -117,9 +117,9 @@ def test_a_reader_that_fails_stops_the_others() -> None:
     def reader() -> Iterator[Any]:
         yield take
 
-    runs = [[Chunk(row, 0, 2, 8)] for row in range(0, 2000, 2)]
+    spans = [[Chunk(row, 0, 2, 8)] for row in range(0, 2000, 2)]
     with pytest.raises(ImageReadError, match="ends here"):
-        make_coarse(2000, 8, 1, np.dtype(np.uint8), 2, runs, [reader, reader, reader])
+        make_coarse(2000, 8, 1, np.dtype(np.uint8), 2, spans, [reader, reader, reader])
     assert len(read) < 100
 
 
@@ -142,8 +142,8 @@ def test_grey_levels_of_a_copy_are_those_of_any_pixels(dtype: str, bands: int, m
         if stretch is None and dtype != "uint8":
             continue
         for readers in (1, 3):
-            runs = [[Chunk(row, 0, 10, 70)] for row in range(0, 90, 10)]
-            copy = make_coarse(90, 70, bands, values.dtype, 2, runs, [reader] * readers)
+            spans = [[Chunk(row, 0, 10, 70)] for row in range(0, 90, 10)]
+            copy = make_coarse(90, 70, bands, values.dtype, 2, spans, [reader] * readers)
             expected, _ = _shown(copy.values, copy.valid, stretch)
             grey = grey_of(copy, stretch)
             assert grey.flags.c_contiguous
