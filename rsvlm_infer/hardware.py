@@ -136,6 +136,12 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def num_threads() -> int:
+    """Threads for the work of one process: what OMP_NUM_THREADS says, as for the numeric libraries, else every usable core."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list holds one number for each nested level
+    return min(int(first), usable_cores()) if first.isdecimal() and int(first) > 0 else usable_cores()
+
+
 def peak_rss_bytes() -> int:
     """Largest resident set of this process so far, in bytes; 0 when the system does not tell.
 

@@ -113,6 +113,21 @@ def test_systems_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware.usable_cores() == (os.cpu_count() or 1)
 
 
+@pytest.mark.parametrize(
+    ("variable", "threads"),
+    [(None, 6), ("", 6), ("1", 1), (" 4 ", 4), ("2,3", 2), ("64", 6), ("0", 6), ("-1", 6), ("many", 6)],
+)
+def test_threads_are_those_of_the_numeric_libraries(
+    variable: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "usable_cores", lambda: 6)
+    if variable is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert hardware.num_threads() == threads
+
+
 def test_container_limit_and_arm_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "/proc/meminfo": "MemTotal:       1000 kB\n",

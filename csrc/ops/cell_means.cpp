@@ -130,8 +130,8 @@ RSVLM_INLINE void exact_means(const Total* totals, const std::int32_t* found, st
         whole += found[i] == static_cast<std::int32_t>(full);
     }
     for (std::int64_t i = 0; whole < cells && i < cells; ++i) {
-        if (found[i] != full) {
-            const double mean = static_cast<double>(totals[i]) / static_cast<double>(std::max(found[i], 1));
+        if (found[i] != full && found[i] > 0) {  // an empty cell has a total of 0, and so a mean of 0
+            const double mean = static_cast<double>(totals[i]) / static_cast<double>(found[i]);
             means[i] = static_cast<T>(std::floor(mean + 0.5));
         }
     }

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from rasterio.windows import Window
 from ..errors import ImageReadError, InputError
 from .access import SAFE_DRIVERS
 from .acquired import acquired_time
-from .coarse import Blocks, Chunk, Coarse, chunks, coarse_factor, make_coarse, step_cache_bytes
+from .coarse import Blocks, Chunk, Coarse, ReadChunk, apart, chunks, coarse_factor, make_coarse, pass_threads, step_cache_bytes
 from .georeference import georeference
 from .source import COARSE_FROM_PX, DEFAULT_MAX_RAM, Scene, StretchChoice, check_stretch, choose_bands
 
@@ -54,12 +55,21 @@ class Reading:
     options: dict[str, str]
     cache_bytes: int
 
+    def environment(self) -> Any:
+        """GDAL with a bounded cache, its messages in Python's logging: for the thread that enters it."""
+        return rasterio.Env(GDAL_CACHEMAX=self.cache_bytes, GDAL_DISABLE_READDIR_ON_OPEN="TRUE", **self.options)
+
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """GDAL with a bounded cache, its messages in Python's logging; its errors become one ImageReadError."""
+        """`environment`, and its errors `told`."""
+        with self.told(), self.environment():
+            yield
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """GDAL's errors become one ImageReadError."""
         try:
-            with rasterio.Env(GDAL_CACHEMAX=self.cache_bytes, GDAL_DISABLE_READDIR_ON_OPEN="TRUE", **self.options):
-                yield
+            yield
         except (RasterioError, ValueError) as error:
             cause = error.__cause__ or error
             reason = " ".join(str(getattr(cause, "errmsg", cause)).split()) or type(error).__name__
@@ -243,22 +253,38 @@ class RasterScene(Scene):
     def _read_coarse(self) -> Coarse:
         dtype = np.dtype(self.dtype)
         factor = coarse_factor(self.height, self.width, len(self._bands), dtype.itemsize)
-        steps = list(chunks(self.height, self.width, self._blocks, factor))
+        spans = list(apart(chunks(self.height, self.width, self._blocks, factor), self._blocks))
         fills = None if self._nodata is None else self._nodata.tolist()
-        reading = self._reading
+        cache_bytes = self._blocks.cache_bytes
         if fills is not None or self._unmasked:  # a mask has blocks of its own
-            reading = replace(reading, cache_bytes=step_cache_bytes(steps[0], self.width, self._blocks))
-        read = partial(self._read_step, reading)
-        return make_coarse(self.height, self.width, len(self._bands), dtype, factor, steps, read, fills)
+            cache_bytes = step_cache_bytes(spans[0][0], self.width, self._blocks)
+        threads = pass_threads(spans, self._blocks, cache_bytes, self._max_ram_bytes // 2)
+        reading = replace(self._reading, cache_bytes=threads * cache_bytes)
+        own = self._handle.owned  # a caller's dataset may not be one that can be opened again
+        turn = Lock()
+        readers = [partial(self._open_reader, reading, None if own and index else turn) for index in range(threads)]
+        return make_coarse(self.height, self.width, len(self._bands), dtype, factor, spans, readers, fills)
 
-    def _read_step(self, reading: Reading, step: Chunk, cells: NDArray[Any]) -> NDArray[np.bool_] | None:
+    @contextmanager
+    def _open_reader(self, reading: Reading, turn: Lock | None) -> Iterator[ReadChunk]:
+        """What one thread of the coarse pass reads with: this scene's handle when it is its turn, or without `turn` one of its own."""
+        with ExitStack() as stack:
+            handle = self._handle
+            if turn is None:
+                handle = stack.enter_context(closing(handle.again(reading)))
+            stack.enter_context(reading.environment())  # takes a tenth of a step's time
+            yield partial(self._read_step, handle.dataset, reading, turn or Lock())
+
+    def _read_step(
+        self, dataset: Any, reading: Reading, turn: Lock, step: Chunk, cells: NDArray[Any]
+    ) -> NDArray[np.bool_] | None:
         """Fills `cells` [C, h, w] with native values; what masks them [C or 1, h, w], None where nothing or nodata alone does."""
         window = Window(step.col_off, step.row_off, step.width, step.height)
-        with reading.guarded():
-            self._dataset.read(list(self._bands), window=window, out=cells)
+        with turn, reading.told():
+            dataset.read(list(self._bands), window=window, out=cells)
             if self._nodata is not None or self._unmasked:
                 return None
-            valid = self._read_valid(window, step.height, step.width).transpose(2, 0, 1)
+            valid = self._read_valid(dataset, window, step.height, step.width).transpose(2, 0, 1)
         return valid[:1] if valid.strides[0] == 0 else valid  # one mask for all bands
 
     @property
@@ -291,7 +317,7 @@ class RasterScene(Scene):
             values = self._dataset.read(
                 list(self._bands), window=window, out_shape=(count, out_height, out_width), resampling=resampling
             ).transpose(1, 2, 0)  # [oh, ow, C]
-            valid = self._read_valid(window, out_height, out_width)  # [oh, ow, C]
+            valid = self._read_valid(self._dataset, window, out_height, out_width)  # [oh, ow, C]
         if self._palette is not None:
             colours = self._palette[np.minimum(values[..., 0], len(self._palette) - 1)]  # [oh, ow, 4]
             values = colours[..., :3]
@@ -300,14 +326,14 @@ class RasterScene(Scene):
             valid = valid & np.isfinite(values)
         return values, valid
 
-    def _read_valid(self, window: Window, out_height: int, out_width: int) -> NDArray[np.bool_]:
+    def _read_valid(self, dataset: Any, window: Window, out_height: int, out_width: int) -> NDArray[np.bool_]:
         """bool [oh, ow, C], True where any valid pixel lies below."""
         shape = (out_height, out_width, len(self._bands))
         if self._unmasked:
             return np.broadcast_to(np.True_, shape)
         shared = all(MaskFlags.per_dataset in flags for flags in self._flags)  # one mask for all bands
         bands = [self._bands[0]] if shared else list(self._bands)
-        masks = self._dataset.read_masks(
+        masks = dataset.read_masks(
             bands, window=window, out_shape=(len(bands), out_height, out_width), resampling=Resampling.average
         )
         return np.broadcast_to((masks > 0).transpose(1, 2, 0), shape)

@@ -7,6 +7,7 @@ window would give the same ground two colours (a 20 % zero collar alone moves th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 PERCENTILES = (2.0, 98.0)
-_CHUNK_PX = 1 << 20  # values are mapped in float64 or by indices of 8 bytes; this bounds the scratch memory to 8 MiB
+_CHUNK_PX = 1 << 17  # values are mapped in float64 or by indices of 8 bytes: 1 MiB at a time stays in a core's own cache
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,10 @@ class Stretch:
         """Band values [h, w, C] of any real dtype -> grey levels uint8 [h, w, C]; invalid values become 0."""
         grey = np.empty(values.shape, dtype=np.uint8)
         integer = values.dtype.kind in "iu" and values.dtype.itemsize <= 2
+        bits = np.dtype(f"u{values.dtype.itemsize}" if integer else values.dtype)
         rows = max(1, _CHUNK_PX // max(1, values.shape[1]))
         for band, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
-            table = None
-            if integer:  # a table over all bit patterns: exact and several times faster than float arithmetic
-                bits = np.dtype(f"u{values.dtype.itemsize}")
-                every = np.arange(1 << (8 * values.dtype.itemsize), dtype=bits)
-                table = _map_linear(every.view(values.dtype), low, high)
+            table = _levels(values.dtype, low, high) if integer else None
             for start in range(0, values.shape[0], rows):  # an index takes 8 bytes a pixel
                 part = values[start : start + rows, :, band]
                 # every bit pattern is in the table: "clip" only spares the check
@@ -55,7 +53,9 @@ def fit_stretch(values: NDArray[Any], valid: NDArray[np.bool_]) -> Stretch:
     """
     lows, highs = [], []
     for band in range(values.shape[2]):
-        usable = values[..., band][valid[..., band]].astype(np.float64)
+        usable = values[..., band][valid[..., band]]
+        if usable.dtype.kind != "u" or usable.dtype.itemsize > 4:  # else differences in order are exact, in half the time
+            usable = usable.astype(np.float64)
         if usable.size == 0:
             low, high = 0.0, 1.0
         else:
@@ -101,16 +101,23 @@ def area_average(
     out = np.zeros((out_height, out_width, values.shape[2]), dtype=values.dtype)
     out_valid = np.ones(out.shape, dtype=np.bool_)
     wide = values.dtype.itemsize > (4 if values.dtype.kind == "f" else 2)
+    shares: list[NDArray[np.float32] | None] = []  # of valid pixels, None where all are
     for band in range(values.shape[2]):
+        usable = valid[..., band]
+        if band and (valid.strides[2] == 0 or np.array_equal(usable, valid[..., band - 1])):
+            shares.append(shares[-1])  # usual: what one band misses, all miss
+        else:
+            shares.append(None if usable.all() else _mean(usable, size, box))
+
+    for band, share in enumerate(shares):
         channel, usable = values[..., band], valid[..., band]
         low, high = _range(channel, usable) if wide else (0.0, 0.0)
         if wide:
             channel = _to_unit(channel, low, high)
         mean: NDArray[Any]
-        if usable.all():
+        if share is None:
             mean = _mean(channel, size, box)
         else:
-            share = _mean(usable, size, box)
             out_valid[..., band] = share > 1e-6  # float32 noise of the filter is near 1e-8
             total = _mean(np.where(usable, channel, 0), size, box)
             mean = np.divide(total, share, out=np.zeros_like(total), where=out_valid[..., band])
@@ -157,6 +164,15 @@ def _map_linear(values: NDArray[Any], low: float, high: float) -> NDArray[np.uin
     """Round-half-up of (values - low) / (high - low) * 255, clipped; NaN becomes 0."""
     scaled = (values.astype(np.float64) - low) * 255.0 / (high - low) + 0.5
     return np.nan_to_num(np.clip(scaled, 0.0, 255.0), nan=0.0).astype(np.uint8)
+
+
+@lru_cache(maxsize=12)
+def _levels(dtype: np.dtype[Any], low: float, high: float) -> NDArray[np.uint8]:
+    """Grey levels of all bit patterns of an integer dtype: exact, and several times faster than float arithmetic. At most 64 KiB."""
+    every = np.arange(1 << (8 * dtype.itemsize), dtype=f"u{dtype.itemsize}")
+    table = _map_linear(every.view(dtype), low, high)
+    table.setflags(write=False)
+    return table
 
 
 def _mean(channel: NDArray[Any], size: tuple[int, int], box: tuple[float, float, float, float]) -> NDArray[np.float32]:

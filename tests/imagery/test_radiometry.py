@@ -126,3 +126,27 @@ def test_grey_becomes_three_equal_channels() -> None:
     rgb = to_rgb(np.arange(4, dtype=np.uint8).reshape(2, 2, 1))
     assert rgb.shape == (2, 2, 3)
     assert (rgb == np.arange(4).reshape(2, 2, 1)).all()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int16", "float32"])
+def test_percentiles_have_the_bits_of_float64(dtype: str) -> None:
+    rng = np.random.default_rng(5)
+    top = {"uint32": 2**32, "uint64": 2**60}.get(dtype, 250)
+    values = (rng.random((50, 40, 2)) * top).astype(dtype)
+    valid = rng.random(values.shape) < 0.7
+    fitted = fit_stretch(values, valid)
+    for band in range(2):
+        low, high = np.percentile(values[..., band][valid[..., band]].astype(np.float64), (2, 98))
+        assert (fitted.low[band], fitted.high[band]) == (low, high)
+
+
+def test_bands_are_averaged_as_if_alone_whatever_others_miss() -> None:
+    rng = np.random.default_rng(6)
+    values = rng.integers(0, 4000, (60, 50, 4), dtype=np.uint16)
+    one, other = rng.random((60, 50)) < 0.5, rng.random((60, 50)) < 0.5
+    valid = np.stack([one, one, other, np.ones_like(one)], axis=2)
+    means, found = area_average(values, valid, 17, 13)
+    for band in range(4):
+        alone = area_average(values[..., band : band + 1], valid[..., band : band + 1], 17, 13)
+        assert (means[..., band] == alone[0][..., 0]).all()
+        assert (found[..., band] == alone[1][..., 0]).all()
