@@ -165,7 +165,7 @@ class NativeSceneModel:
         int8_inputs: Sequence[str] = ...,
     ) -> None: ...
     def encode(
-        self, *, patches: NDArray[np.float32], positions: NDArray[np.float32], bounds: Sequence[int]
+        self, *, patches: NDArray[np.float32], positions: Sequence[NDArray[np.float32]], bounds: Sequence[int]
     ) -> list[NDArray[np.float32]]: ...
     def align(
         self, *, taps: Sequence[NDArray[np.float32]], scene_class_token: NDArray[np.float32], bounds: Sequence[int]

@@ -19,12 +19,24 @@ struct NormPart {
     Element element;
 };
 
+// The first `width` columns of x [rows, x_stride] -> a part of wider rows.
+struct BlockPart {
+    const float* x;
+    std::int64_t rows, x_stride, width;
+    Element element;
+    void* out;
+    std::int64_t out_stride;  // in elements
+};
+
 #define RSVLM_DECLARE_ROWS(isa)                                                                                               \
     namespace isa {                                                                                                           \
     void norm_row(const NormPart& part);                                                                                      \
     void convert_row(const float* x, std::int64_t width, Element element, void* out);                                         \
     void gate_row(const float* gate, const float* up, std::int64_t width, Element element, void* out);                        \
     void activate_row(const float* x, std::int64_t width, Activation activation, Element element, void* out);                 \
+    void convert_block(const BlockPart& part);                                                                                \
+    void gate_block(const float* pairs, std::int64_t rows, float* out);                                                       \
+    void widen_row(const std::uint16_t* x, std::int64_t width, float* out);                                                   \
     void rotate_row(const float* x, const float* cosines, const float* sines, std::int64_t half, Element element, void* out); \
     void add_row(const float* x, std::int64_t width, float factor, float* to);                                                \
     }
@@ -113,6 +125,27 @@ void gate_row(const float* gate, const float* up, std::int64_t width, Element el
     write_row(width, element, out, [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
         return mul(silu(load_up_to(gate + i, count)), load_up_to(up + i, count));
     });
+}
+
+// [rows, 32 gates | 32 ups] -> [rows, 32], which may be the same memory.
+void gate_block(const float* pairs, std::int64_t rows, float* out) {
+    for (std::int64_t row = 0; row < rows; ++row, pairs += 64, out += 32) {
+        gate_row(pairs, pairs + 32, 32, Element::kFloat32, out);
+    }
+}
+
+void convert_block(const BlockPart& part) {
+    const float* x = part.x;
+    const std::int64_t bytes = part.element == Element::kBfloat16 ? 2 : 4;
+    char* out = static_cast<char*>(part.out);
+    for (std::int64_t row = 0; row < part.rows; ++row, x += part.x_stride, out += part.out_stride * bytes) {
+        convert_row(x, part.width, part.element, out);
+    }
+}
+
+void widen_row(const std::uint16_t* x, std::int64_t width, float* out) {
+    for_vectors(width, out,
+                [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) { return load_up_to(x + i, count); });
 }
 
 void activate_row(const float* x, std::int64_t width, Activation activation, Element element, void* out) {
