@@ -166,11 +166,7 @@ inline void run_code_tile(const TilePart& part, std::int64_t token) {
                 [&](int v) { return load(panel + (kQuads * 2 + v) * kLanes); }, totals);
             rows.advance();
         }
-        for (int r = 0; r < Rows; ++r) {
-            float* out = part.out + (token + r) * part.out_stride;
-            finish(part, lane, totals[r][0], out);
-            finish(part, lane + kLanes, totals[r][1], out);
-        }
+        finish_tile<Rows>(part, token, lane, totals);
     }
 }
 
@@ -181,6 +177,12 @@ inline void run_rest(const TilePart& part, std::int64_t token) {
         run_code_tile<Rows>(part, token);
     } else if constexpr (Rows > 1) {
         run_rest<Rows - 1>(part, token);
+    }
+}
+
+__attribute__((noinline)) void store_some(float* to, Vec value, std::int64_t count) {
+    if (count > 0) {
+        store_first(to, value, count < kLanes ? count : kLanes);
     }
 }
 
@@ -202,10 +204,15 @@ void run_few(const FewCodesPart& part, const char* block, const RowGroup* x, std
             add_group<Rows>(rows, [&](int quad, int v) { return quads[quad][v]; }, [&](int v) { return scales[v]; }, totals);
             rows.advance();
         }
-        for (int r = 0; r < Rows; ++r) {
-            for (int v = 0; v < 2 && lane + v * kLanes < present; ++v) {
-                const std::int64_t left = present - lane - v * kLanes;
-                store_first(out + r * part.out_stride + lane + v * kLanes, totals[r][v], left < kLanes ? left : kLanes);
+        float* to = out + lane;
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r, to += part.out_stride) {
+            if (present - lane >= kStripe) {
+                store(to, totals[r][0]);
+                store(to + kLanes, totals[r][1]);
+            } else {
+                store_some(to, totals[r][0], present - lane);
+                store_some(to + kLanes, totals[r][1], present - lane - kLanes);
             }
         }
     }
@@ -287,7 +294,6 @@ void unpack_codes(const PanelPart& part) {
     for (std::int64_t lane = 0; lane < kPanelRows; lane += kStripe) {
         const char* group = part.block;
         for (std::int64_t g = 0; g < part.groups; ++g, group += group_bytes(part.kind), panel += kGroupVectors * kLanes) {
-            fetch(part.ahead + (group - part.block), lane == 0 ? group_bytes(part.kind) : 0);
             Ints quads[kQuads][2];
             Vec scales[2];
             read_group(part.kind, group, lane, quads, scales);
@@ -305,9 +311,12 @@ void unpack_codes(const PanelPart& part) {
 
 void multiply_codes(const TilePart& part) {
     std::int64_t token = 0;
+    FetchAhead ahead(part, kCodeRows);
     for (; token + kCodeRows <= part.tokens; token += kCodeRows) {
+        ahead.share();
         run_code_tile<kCodeRows>(part, token);
     }
+    ahead.share();
     run_rest<kCodeRows - 1>(part, token);
 }
 

@@ -224,22 +224,25 @@ struct Multiplication {
     std::int64_t padded = padded_columns(linear.columns);
     std::int64_t row_bytes = operand_row_bytes(call.operand, linear.columns);
     std::int64_t count = linear.int8_inputs ? padded / kPanelGroup : call.operand == Operand::kBf16 ? padded / 2 : padded;
+    std::int64_t block_bytes = linear_block_bytes(linear);
     bool plain = linear.kind == LinearKind::kFloat32;  // lies as a panel already
 
     std::size_t panel_floats() const { return static_cast<std::size_t>(plain ? 0 : padded * kWeightRows); }
 
-    const float* panel(std::int64_t block, std::int64_t next, float* scratch) const {
-        const char* layout = linear.layout + block * linear_block_bytes(linear);
+    const float* panel(std::int64_t block, float* scratch) const {
+        const char* layout = linear.layout + block * block_bytes;
         if (plain) {
             return reinterpret_cast<const float*>(layout);
         }
-        const char* ahead = linear.layout + (next < linear_blocks(linear) ? next : block) * linear_block_bytes(linear);
-        (linear.int8_inputs ? codes.unpack : kernels.unpack)({linear.kind, layout, padded / kWeightGroup, scratch, ahead});
+        (linear.int8_inputs ? codes.unpack : kernels.unpack)({linear.kind, layout, padded / kWeightGroup, scratch});
         return scratch;
     }
 
-    void multiply(std::int64_t block, const float* panel, std::int64_t token, std::int64_t tokens, const ProductsTo& to) const {
+    // Rows `token`.. of x times a block's panel. The same `share` of the block `next` is fetched meanwhile.
+    void multiply(std::int64_t block, const float* panel, std::int64_t token, std::int64_t tokens, const ProductsTo& to,
+                  std::int64_t next, const Share& share) const {
         const std::int64_t row = block * kWeightRows;
+        const bool fetches = !plain && next < linear_blocks(linear);
         const TilePart tile{static_cast<const char*>(call.x) + token * row_bytes,
                             tokens,
                             count,
@@ -249,7 +252,9 @@ struct Multiplication {
                             std::min(kWeightRows, linear.rows - row),
                             linear.bias == nullptr ? nullptr : linear.bias + row,
                             to.scale == nullptr ? nullptr : to.scale + row,
-                            to.add};
+                            to.add,
+                            linear.layout + (fetches ? next * block_bytes + share.first : 0),
+                            fetches ? share.stop - share.first : 0};
         (linear.int8_inputs ? codes.multiply : kernels.multiply)(tile);
     }
 };
@@ -283,9 +288,9 @@ void multiply_many(const Linear& linear, const ManyRows& call, const ProductsTo&
     for_each_part(parts, call.threads, work.panel_floats(), [&](std::int64_t index, float* scratch) {
         const std::int64_t part = spread(index, parts, call.threads), piece = part % pieces.count;
         const std::int64_t block = part / pieces.count, token = pieces.first(piece);
-        const float* panel = work.panel(block, block + 1, scratch);
-        work.multiply(block, panel, token, pieces.length(piece),
-                      {to.out + token * to.out_stride + block * kWeightRows, to.out_stride, to.add, to.scale});
+        work.multiply(block, work.panel(block, scratch), token, pieces.length(piece),
+                      {to.out + token * to.out_stride + block * kWeightRows, to.out_stride, to.add, to.scale}, block + 1,
+                      {0, work.block_bytes});
     });
 }
 
@@ -303,16 +308,19 @@ void pass_products(const Linear& linear, const ManyRows& call, int blocks, Produ
                       const float* panels[kMostBlocks];
                       for (std::int64_t i = 0; i < present; ++i) {
                           float* place = scratch + sums_floats + static_cast<std::size_t>(i) * panel_floats;
-                          panels[i] = work.panel(first + i, first + i + blocks, place);
+                          panels[i] = work.panel(first + i, place);
                       }
-                      const std::int64_t stop = pieces.first(piece) + pieces.length(piece);
-                      for (std::int64_t token = pieces.first(piece); token < stop; token += kRowsInCache) {
+                      const std::int64_t begin = pieces.first(piece), stop = begin + pieces.length(piece);
+                      for (std::int64_t token = begin; token < stop; token += kRowsInCache) {
                           const std::int64_t tokens = std::min(kRowsInCache, stop - token);
                           if ((first + blocks) * kWeightRows > linear.rows) {
                               std::fill_n(scratch, sums_floats, 0.0f);
                           }
                           for (std::int64_t i = 0; i < present; ++i) {
-                              work.multiply(first + i, panels[i], token, tokens, {scratch + i * kWeightRows, width});
+                              const Share share{work.block_bytes * (token - begin) / (stop - begin),
+                                                work.block_bytes * (token + tokens - begin) / (stop - begin)};
+                              work.multiply(first + i, panels[i], token, tokens, {scratch + i * kWeightRows, width},
+                                            first + blocks + i, share);
                           }
                           function(body, {token, tokens, first * kWeightRows, width, scratch});
                       }
