@@ -22,6 +22,9 @@ inline RowKernels row_kernels() {
     switch (kernel_isa()) {
 #if RSVLM_X86_KERNELS
         case Isa::kAvx512Bf16:
+            return {avx512_bf16::norm_row,      avx512_bf16::convert_row, avx512_bf16::gate_row,
+                    avx512_bf16::activate_row,  avx512_bf16::rotate_row,  avx512_bf16::add_row,
+                    avx512_bf16::convert_block, avx512_bf16::gate_block,  avx512_bf16::widen_row};
         case Isa::kAvx512:
             return {avx512::norm_row, avx512::convert_row,   avx512::gate_row,   avx512::activate_row, avx512::rotate_row,
                     avx512::add_row,  avx512::convert_block, avx512::gate_block, avx512::widen_row};
