@@ -49,7 +49,7 @@ class _Levels:
 
 @dataclass(frozen=True)
 class _KeptScene:
-    """Levels and what they were computed from: comparing pixels takes a ninth of the time of hashing them."""
+    """Levels and what they were computed from: comparing pixels takes an eighth of the time of hashing them."""
 
     patches: F32  # [S, 3 p p]
     grids: npt.NDArray[np.int32]  # [T, 2]

@@ -216,6 +216,11 @@ def test_a_scene_is_encoded_once_for_several_questions(
     assert not np.array_equal(native.encode([other])[0].handle.tokens, first)
     np.testing.assert_array_equal(native.encode([scene])[0].handle.tokens, first)
     assert len(native._scenes) == 2
+    scene.patches[0, 0] += 1.0  # in place: what was kept is a copy
+    assert not np.array_equal(native.encode([scene])[0].handle.tokens, first)
+    scene.patches[0, 0] = np.nan
+    kept = native._encode_levels(scene)
+    assert native._encode_levels(scene) is kept
     monkeypatch.setattr("rsvlm_infer.backends.native.KEPT_STATE_BYTES", 0)
     native.encode([packed_scene(native.config, 40, 40, 7)])
     assert len(native._scenes) == 1
