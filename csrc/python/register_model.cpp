@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 #include "bindings.h"
 #include "pointers.h"
+#include "reused_arrays.h"
 #include "rsvlm/decoder.h"
 #include "rsvlm/scene_model.h"
 #include "rsvlm/settings.h"
@@ -166,13 +168,19 @@ class PySceneModel {
         std::vector<py::array_t<float>> out;
         std::array<float*, 3> taps{}, class_tokens{};
         for (std::size_t i = 0; i < 6; ++i) {
-            out.emplace_back(std::vector<py::ssize_t>{i < 3 ? count : tiles, vision.hidden});
+            out.emplace_back(ReusedArrays::make({i < 3 ? count : tiles, vision.hidden}));
             (i < 3 ? taps[i] : class_tokens[i - 3]) = out[i].mutable_data();
         }
         const float* from = patches.data();
         py::gil_scoped_release release;
         model_.encode({from, places, bounds, taps, class_tokens});
         return out;
+    }
+
+    py::array_t<float> copy_patches(const Array<float>& patches) const {
+        py::array_t<float> copy = ReusedArrays::make({patches.shape(), patches.shape() + patches.ndim()});
+        std::memcpy(copy.mutable_data(), patches.data(), static_cast<std::size_t>(patches.nbytes()));
+        return copy;
     }
 
     std::vector<py::array_t<float>> align(const std::array<Array<float>, 3>& taps, const Array<float>& scene_class_token,
@@ -298,6 +306,8 @@ void register_model(py::module_& module) {
              py::arg("settings"), py::arg("int8_inputs") = std::vector<std::string>())
         .def("encode", &PySceneModel::encode, py::kw_only(), py::arg("patches"), py::arg("positions"), py::arg("bounds"),
              "patches [S, 3 p p] and each tile's positions [N, Dv] -> three taps [S, Dv], three class tokens [T or 0, Dv].")
+        .def("copy_patches", &PySceneModel::copy_patches, py::kw_only(), py::arg("patches"),
+             "A copy, in memory that dropped arrays have left.")
         .def("align", &PySceneModel::align, py::kw_only(), py::arg("taps"), py::arg("scene_class_token"), py::arg("bounds"),
              "One scene's object [T, k, De], region [T, De] and scene [De]; empty where the model has no head.")
         .def("embed_states", &PySceneModel::embed_states, py::kw_only(), py::arg("states"), "[n, Dl] -> unit vectors [n, De].")

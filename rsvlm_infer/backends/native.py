@@ -155,7 +155,7 @@ class NativeBackend:
             bounds=scene.cu_seqlens.tolist(),
         )
         levels = _Levels(states[:3], states[3:])
-        self._scenes.append(_KeptScene(np.array(scene.patches, np.float32), scene.grids.copy(), levels))
+        self._scenes.append(_KeptScene(self._scene_model.copy_patches(patches=scene.patches), scene.grids.copy(), levels))
         while len(self._scenes) > 1 and sum(kept.nbytes for kept in self._scenes) > KEPT_STATE_BYTES:
             del self._scenes[0]
         return levels
