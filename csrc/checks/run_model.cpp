@@ -103,7 +103,7 @@ void run_linear(const Case& recorded, const Outputs& out) {
     const std::int64_t blocks = linear_blocks(linear);
     multiply_few(linear, wide.data(), tokens, 0, blocks / 2, few.data(), scratch.data());
     multiply_few(linear, wide.data(), tokens, blocks / 2, blocks, few.data(), scratch.data());
-    multiply_many(linear, {rows.data(), operand, tokens, many.data(), linear.rows});
+    multiply_many(linear, {rows.data(), operand, tokens, 1}, {many.data(), linear.rows});
     keep(few, out, "few");
     keep(many, out, "many");
 }
@@ -183,7 +183,12 @@ void run_scene_model(const Case& recorded, const Outputs& out) {
             embedding_places[level] = embeddings[level].data();
         }
     }
-    model.encode(floats(recorded, "patches").data(), floats(recorded, "positions").data(), bounds, tap_places, class_places);
+    const std::vector<float> pixels = floats(recorded, "patches"), position_values = floats(recorded, "positions");
+    std::vector<const float*> positions;
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+        positions.push_back(position_values.data() + bounds[static_cast<std::size_t>(tile)] * width);
+    }
+    model.encode({pixels.data(), positions, bounds, tap_places, class_places});
     model.align(from, class_places[2], bounds, embedding_places);
     std::array<std::vector<float>, 3> cues;
     std::array<Rows, 3> cue_rows{};

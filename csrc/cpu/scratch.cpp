@@ -1,34 +1,26 @@
 #include "rsvlm/scratch.h"
 
-#include <memory>
-#include <new>
-
 namespace rsvlm {
 namespace {
 
 constexpr std::align_val_t kAlignment{64};  // a cache line, and the widest vector
 
-struct Release {
-    void operator()(void* block) const { ::operator delete(block, kAlignment); }
-};
-
-struct Block {
-    std::unique_ptr<void, Release> memory;
-    std::size_t bytes = 0;
-};
-
 }  // namespace
 
-void* thread_scratch(std::size_t bytes, int slot) {
-    thread_local Block blocks[2];
-    Block& block = blocks[slot];
-    if (block.bytes < bytes) {
-        block.memory.reset();  // first, so that old and new are never held together
-        block.bytes = 0;
-        block.memory.reset(::operator new(bytes, kAlignment));
-        block.bytes = bytes;
+void Buffer::Release::operator()(void* block) const { ::operator delete(block, kAlignment); }
+
+void Buffer::grow(std::size_t bytes) {
+    if (bytes_ < bytes) {
+        memory_.reset();  // first, so that old and new are never held together
+        bytes_ = 0;
+        memory_.reset(::operator new(bytes, kAlignment));
+        bytes_ = bytes;
     }
-    return block.memory.get();
+}
+
+void* thread_scratch(std::size_t bytes, int slot) {
+    thread_local Buffer buffers[2];
+    return buffers[slot].hold<char>(static_cast<std::int64_t>(bytes));
 }
 
 }  // namespace rsvlm

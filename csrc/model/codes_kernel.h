@@ -12,9 +12,14 @@
 
 namespace rsvlm {
 
-// A row of x lies in groups of 32 columns. `start` = -offset * sum of the codes, because a weight's codes are read as unsigned,
-// 8 (int4) or 128 (int8) above what they stand for. For int4 the columns of each octet lie as its words have them: even ones
-// first.
+// Bits of the float 1.5 * 2^23: an integer below 2^22 in magnitude that is added to them gives the float that is greater by it,
+// so that subtracting 1.5 * 2^23 makes it a float, on units that are idle where a conversion is not.
+constexpr std::int32_t kFloatBits = 0x4b400000;
+constexpr float kFloatOffset = 12582912.0f;
+
+// A row of x lies in groups of 32 columns. `start` = kFloatBits - offset * sum of the codes, because a weight's codes are read
+// as unsigned, 8 (int4) or 128 (int8) above what they stand for. For int4 the columns of each octet lie as its words have them:
+// even ones first.
 struct RowGroup {
     std::int8_t codes[kPanelGroup];
     float scale;
@@ -29,12 +34,12 @@ struct FewCodesPart {
     float* out;                                                    // [tokens, out_stride]
 };
 
-#define RSVLM_DECLARE_CODES(isa)                                                        \
-    namespace isa {                                                                     \
-    void round_row(LinearKind kind, const float* x, std::int64_t groups, RowGroup* to); \
-    void unpack_codes(const PanelPart& part);                                           \
-    void multiply_codes(const TilePart& part);                                          \
-    void multiply_few_codes(const FewCodesPart& part);                                  \
+#define RSVLM_DECLARE_CODES(isa)                                                                              \
+    namespace isa {                                                                                           \
+    void round_groups(LinearKind kind, const float* x, std::int64_t groups, RowGroup* to, std::int64_t step); \
+    void unpack_codes(const PanelPart& part);                                                                 \
+    void multiply_codes(const TilePart& part);                                                                \
+    void multiply_few_codes(const FewCodesPart& part);                                                        \
     }
 RSVLM_DECLARE_CODES(portable)
 RSVLM_DECLARE_CODES(avx2)
@@ -51,8 +56,10 @@ namespace {
 constexpr int kQuads = kPanelGroup / 4;
 constexpr int kStripe = 2 * kLanes;                               // rows of the weight that go together
 constexpr int kGroupVectors = 2 * (kQuads + 1);                   // of a stripe in a panel: quads, then scales
-constexpr int kCodeRows = kLanes == 4 ? 2 : kLanes == 8 ? 3 : 6;  // rows of x in registers
-constexpr std::int64_t kAhead = 8192;                             // bytes: the hardware's prefetcher stops at the end of a page
+constexpr int kCodeRows = kLanes == 4 ? 2 : kLanes == 8 ? 3 : 5;  // rows of x in registers; with 6 of AVX-512 none is left
+constexpr float kSmallestScale =
+    1.2e-38f;                          // below float's normal numbers none has a reciprocal: so small a group counts as zero
+constexpr std::int64_t kAhead = 8192;  // bytes: the hardware's prefetcher stops at the end of a page
 
 inline std::int64_t group_bytes(LinearKind kind) { return kPanelRows * (kind == LinearKind::kInt8 ? 34 : 18); }
 
@@ -80,15 +87,41 @@ inline __attribute__((always_inline)) void read_group(LinearKind kind, const cha
     }
 }
 
-// totals[r][v] += this group's products of row r, which lies at rows + r * stride; `quads(quad, v)` and `scales(v)` give
-// vectors.
+// The same group of `Rows` rows of x. Three rows hang on one pointer by x86's scaled index: left to itself, GCC keeps a pointer
+// per row, runs out of registers and loses a tenth of the products.
+template <int Rows>
+struct GroupOfRows {
+    static constexpr int kBases = (Rows + 2) / 3;
+    const char* bases[kBases];
+    std::int64_t stride;  // bytes
+
+    inline __attribute__((always_inline)) GroupOfRows(const RowGroup* first, std::int64_t groups)
+        : stride(groups * static_cast<std::int64_t>(sizeof(RowGroup))) {
+#pragma GCC unroll 2
+        for (int i = 0; i < kBases; ++i) {
+            bases[i] = reinterpret_cast<const char*>(first) + 3 * i * stride;
+        }
+    }
+    inline __attribute__((always_inline)) const RowGroup* row(int r) const {
+        return reinterpret_cast<const RowGroup*>(bases[r / 3] + r % 3 * stride);
+    }
+    inline __attribute__((always_inline)) void advance() {
+#pragma GCC unroll 2
+        for (int i = 0; i < kBases; ++i) {
+            bases[i] += sizeof(RowGroup);
+            asm("" : "+r"(bases[i]));
+        }
+    }
+};
+
+// totals[r][v] += this group's products of row r; `quads(quad, v)` and `scales(v)` give vectors.
 template <int Rows, class Quads, class Scales>
-inline __attribute__((always_inline)) void add_group(const RowGroup* const (&rows)[Rows], const Quads& quads,
-                                                     const Scales& scales, Vec (&totals)[Rows][2]) {
+inline __attribute__((always_inline)) void add_group(const GroupOfRows<Rows>& rows, const Quads& quads, const Scales& scales,
+                                                     Vec (&totals)[Rows][2]) {
     Ints sums[Rows][2];
 #pragma GCC unroll 6
     for (int r = 0; r < Rows; ++r) {
-        sums[r][0] = sums[r][1] = set1_int(rows[r]->start);
+        sums[r][0] = sums[r][1] = set1_int(rows.row(r)->start);
     }
 #pragma GCC unroll 8
     for (int quad = 0; quad < kQuads; ++quad) {
@@ -96,7 +129,7 @@ inline __attribute__((always_inline)) void add_group(const RowGroup* const (&row
 #pragma GCC unroll 6
         for (int r = 0; r < Rows; ++r) {
             std::int32_t bytes;
-            std::memcpy(&bytes, rows[r]->codes + quad * 4, sizeof(bytes));
+            std::memcpy(&bytes, rows.row(r)->codes + quad * 4, sizeof(bytes));
             const Quad x = broadcast_quad(bytes);
             sums[r][0] = dot_quads(sums[r][0], low, x);
             sums[r][1] = dot_quads(sums[r][1], high, x);
@@ -104,17 +137,17 @@ inline __attribute__((always_inline)) void add_group(const RowGroup* const (&row
     }
 #pragma GCC unroll 6
     for (int r = 0; r < Rows; ++r) {
-        const Vec scale = set1(rows[r]->scale);
-        totals[r][0] = fma(to_float(sums[r][0]), mul(scales(0), scale), totals[r][0]);
-        totals[r][1] = fma(to_float(sums[r][1]), mul(scales(1), scale), totals[r][1]);
+        const Vec scale = set1(rows.row(r)->scale);
+        const Vec offset = set1(kFloatOffset);
+        totals[r][0] = fma(sub(as_float(sums[r][0]), offset), mul(scales(0), scale), totals[r][0]);
+        totals[r][1] = fma(sub(as_float(sums[r][1]), offset), mul(scales(1), scale), totals[r][1]);
     }
 }
 
 template <int Rows>
-inline void point_at(const RowGroup* first, std::int64_t groups, const RowGroup* (&rows)[Rows], Vec (&totals)[Rows][2]) {
+inline __attribute__((always_inline)) void clear(Vec (&totals)[Rows][2]) {
 #pragma GCC unroll 6
     for (int r = 0; r < Rows; ++r) {
-        rows[r] = first + r * groups;
         totals[r][0] = totals[r][1] = zero();
     }
 }
@@ -124,23 +157,32 @@ inline void run_code_tile(const TilePart& part, std::int64_t token) {
     const auto* x = static_cast<const RowGroup*>(part.x) + token * part.count;
     const float* panel = part.panel;
     for (std::int64_t lane = 0; lane < kPanelRows; lane += kStripe) {
-        const RowGroup* rows[Rows];
+        GroupOfRows<Rows> rows(x, part.count);
         Vec totals[Rows][2];
-        point_at<Rows>(x, part.count, rows, totals);
+        clear<Rows>(totals);
         for (std::int64_t group = 0; group < part.count; ++group, panel += kGroupVectors * kLanes) {
             add_group<Rows>(
                 rows, [&](int quad, int v) { return load_ints(panel + (quad * 2 + v) * kLanes); },
                 [&](int v) { return load(panel + (kQuads * 2 + v) * kLanes); }, totals);
-#pragma GCC unroll 6
-            for (int r = 0; r < Rows; ++r) {
-                ++rows[r];
-            }
+            rows.advance();
         }
-        for (int r = 0; r < Rows; ++r) {
-            float* out = part.out + (token + r) * part.out_stride;
-            finish(part, lane, totals[r][0], out);
-            finish(part, lane + kLanes, totals[r][1], out);
-        }
+        finish_tile<Rows>(part, token, lane, totals);
+    }
+}
+
+// What is left, at most `Rows` rows, as one tile: in two, each would wait for its own few chains.
+template <int Rows>
+inline void run_rest(const TilePart& part, std::int64_t token) {
+    if (part.tokens - token == Rows) {
+        run_code_tile<Rows>(part, token);
+    } else if constexpr (Rows > 1) {
+        run_rest<Rows - 1>(part, token);
+    }
+}
+
+__attribute__((noinline)) void store_some(float* to, Vec value, std::int64_t count) {
+    if (count > 0) {
+        store_first(to, value, count < kLanes ? count : kLanes);
     }
 }
 
@@ -148,9 +190,9 @@ inline void run_code_tile(const TilePart& part, std::int64_t token) {
 template <LinearKind Kind, int Rows>
 void run_few(const FewCodesPart& part, const char* block, const RowGroup* x, std::int64_t present, float* out) {
     for (std::int64_t lane = 0; lane < present; lane += kStripe) {
-        const RowGroup* rows[Rows];
+        GroupOfRows<Rows> rows(x, part.groups);
         Vec totals[Rows][2];
-        point_at<Rows>(x, part.groups, rows, totals);
+        clear<Rows>(totals);
         const char* group = block;
         for (std::int64_t g = 0; g < part.groups; ++g, group += group_bytes(Kind)) {
             for (std::int64_t line = 0; lane == 0 && line < group_bytes(Kind); line += 64) {
@@ -160,15 +202,17 @@ void run_few(const FewCodesPart& part, const char* block, const RowGroup* x, std
             Vec scales[2];
             read_group(Kind, group, lane, quads, scales);
             add_group<Rows>(rows, [&](int quad, int v) { return quads[quad][v]; }, [&](int v) { return scales[v]; }, totals);
-#pragma GCC unroll 6
-            for (int r = 0; r < Rows; ++r) {
-                ++rows[r];
-            }
+            rows.advance();
         }
-        for (int r = 0; r < Rows; ++r) {
-            for (int v = 0; v < 2 && lane + v * kLanes < present; ++v) {
-                const std::int64_t left = present - lane - v * kLanes;
-                store_first(out + r * part.out_stride + lane + v * kLanes, totals[r][v], left < kLanes ? left : kLanes);
+        float* to = out + lane;
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r, to += part.out_stride) {
+            if (present - lane >= kStripe) {
+                store(to, totals[r][0]);
+                store(to + kLanes, totals[r][1]);
+            } else {
+                store_some(to, totals[r][0], present - lane);
+                store_some(to + kLanes, totals[r][1], present - lane - kLanes);
             }
         }
     }
@@ -201,25 +245,48 @@ void run_few_blocks(const FewCodesPart& part) {
 }  // namespace
 
 // 127 levels on each side of zero by the largest value of a group. A group with NaN or infinity has the scale NaN, which its
-// products become.
-void round_row(LinearKind kind, const float* x, std::int64_t groups, RowGroup* to) {
-    for (std::int64_t group = 0; group < groups; ++group, x += kPanelGroup, ++to) {
+// products become. Groups of 32 neighbours in x come to lie `step` apart.
+void round_groups(LinearKind kind, const float* x, std::int64_t groups, RowGroup* to, std::int64_t step) {
+    const std::int32_t offset = kind == LinearKind::kInt4 ? 8 : 128;
+#ifdef RSVLM_DOT_BF16
+    for (std::int64_t first = 0; first < groups; first += kLanes, x += kLanes * kPanelGroup, to += kLanes * step) {
+        const std::int64_t count = groups - first < kLanes ? groups - first : kLanes;
+        const Vec most = largest_of_groups(x, count);
+        const Vec scale = select_greater(set1(__builtin_inff()), most, div(most, set1(127.0f)), set1(__builtin_nanf("")));
+        const Vec factor = select_greater(scale, set1(kSmallestScale), div(set1(127.0f), most), zero());
+        alignas(64) float scales[kLanes], factors[kLanes];
+        alignas(64) std::int32_t sums[kLanes];
+        store(scales, scale);
+        store(factors, factor);
+        __m256i parts[kLanes];
+        for (std::int64_t i = 0; i < kLanes; ++i) {
+            const std::int64_t group = i < count ? i : count - 1;  // again where there is none
+            parts[i] = write_group(x + group * kPanelGroup, factors[group], kind == LinearKind::kInt4, to[group * step].codes);
+        }
+        store_ints(reinterpret_cast<float*>(sums), sums_of_groups(parts));
+        for (std::int64_t i = 0; i < count; ++i) {
+            to[i * step].scale = scales[i];
+            to[i * step].start = kFloatBits - offset * sums[place_of_sum(static_cast<int>(i))];
+        }
+    }
+#else
+    for (std::int64_t group = 0; group < groups; ++group, x += kPanelGroup, to += step) {
         const float most = largest_of_group(x);
         const bool finite = most < __builtin_inff();
         to->scale = finite ? most / 127.0f : __builtin_nanf("");
-        // a scale below float's normal numbers has no reciprocal: so small a group counts as zero
-        const float factor = finite && to->scale > 1.2e-38f ? 127.0f / most : 0.0f;
+        const float factor = finite && to->scale > kSmallestScale ? 127.0f / most : 0.0f;
         Vec sum = zero();
         for (int i = 0; i < kPanelGroup; i += kLanes) {
             const Vec rounded = finite ? round(mul(load(x + i), set1(factor))) : zero();
             sum = add(sum, rounded);
             store_codes(to->codes + i, rounded);
         }
-        to->start = static_cast<std::int32_t>(sum_lanes(sum)) * (kind == LinearKind::kInt4 ? -8 : -128);
+        to->start = kFloatBits - offset * static_cast<std::int32_t>(sum_lanes(sum));
         if (kind == LinearKind::kInt4) {
             split_octets(to->codes);
         }
     }
+#endif
 }
 
 void unpack_codes(const PanelPart& part) {
@@ -227,7 +294,6 @@ void unpack_codes(const PanelPart& part) {
     for (std::int64_t lane = 0; lane < kPanelRows; lane += kStripe) {
         const char* group = part.block;
         for (std::int64_t g = 0; g < part.groups; ++g, group += group_bytes(part.kind), panel += kGroupVectors * kLanes) {
-            fetch(part.ahead + (group - part.block), lane == 0 ? group_bytes(part.kind) : 0);
             Ints quads[kQuads][2];
             Vec scales[2];
             read_group(part.kind, group, lane, quads, scales);
@@ -245,15 +311,13 @@ void unpack_codes(const PanelPart& part) {
 
 void multiply_codes(const TilePart& part) {
     std::int64_t token = 0;
+    FetchAhead ahead(part, kCodeRows);
     for (; token + kCodeRows <= part.tokens; token += kCodeRows) {
+        ahead.share();
         run_code_tile<kCodeRows>(part, token);
     }
-    for (; token + 2 <= part.tokens; token += 2) {
-        run_code_tile<2>(part, token);
-    }
-    for (; token < part.tokens; ++token) {
-        run_code_tile<1>(part, token);
-    }
+    ahead.share();
+    run_rest<kCodeRows - 1>(part, token);
 }
 
 void multiply_few_codes(const FewCodesPart& part) {

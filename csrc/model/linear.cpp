@@ -16,7 +16,10 @@
 namespace rsvlm {
 namespace {
 
-constexpr std::int64_t kRowsAtOnce = 240;  // a multiple of 12 and 6; against 240 rows the unpacking of a block is one percent
+constexpr std::int64_t kRowsAtOnce = 240;   // against so many rows the unpacking of a block is one percent
+constexpr std::int64_t kTileMultiple = 60;  // whole register tiles of 12, 6, 5, 4 or 3 rows
+constexpr std::int64_t kRowsInCache = 60;   // their sums with a block are 8 KB, beside 14 KB of its panel at ViT-S width
+constexpr int kMostBlocks = 2;
 
 WeightShape shape_of(const Linear& linear) {
     const WeightKind kind = linear.kind == LinearKind::kInt8   ? WeightKind::kInt8
@@ -53,7 +56,7 @@ LinearKernels choose_kernels(LinearKind kind) {
 }
 
 struct CodesKernels {
-    void (*round)(LinearKind, const float*, std::int64_t, RowGroup*);
+    void (*round)(LinearKind, const float*, std::int64_t, RowGroup*, std::int64_t);
     void (*unpack)(const PanelPart&);
     void (*multiply)(const TilePart&);
     void (*few)(const FewCodesPart&);
@@ -63,15 +66,15 @@ CodesKernels codes_kernels() {
     switch (kernel_isa()) {
 #if RSVLM_X86_KERNELS
         case Isa::kAvx512Bf16:
-            return {avx512_bf16::round_row, avx512_bf16::unpack_codes, avx512_bf16::multiply_codes,
+            return {avx512_bf16::round_groups, avx512_bf16::unpack_codes, avx512_bf16::multiply_codes,
                     avx512_bf16::multiply_few_codes};
         case Isa::kAvx512:
-            return {avx512::round_row, avx512::unpack_codes, avx512::multiply_codes, avx512::multiply_few_codes};
+            return {avx512::round_groups, avx512::unpack_codes, avx512::multiply_codes, avx512::multiply_few_codes};
         case Isa::kAvx2:
-            return {avx2::round_row, avx2::unpack_codes, avx2::multiply_codes, avx2::multiply_few_codes};
+            return {avx2::round_groups, avx2::unpack_codes, avx2::multiply_codes, avx2::multiply_few_codes};
 #endif
         default:
-            return {portable::round_row, portable::unpack_codes, portable::multiply_codes, portable::multiply_few_codes};
+            return {portable::round_groups, portable::unpack_codes, portable::multiply_codes, portable::multiply_few_codes};
     }
 }
 
@@ -147,7 +150,7 @@ void multiply_few(const Linear& linear, const float* x, std::int64_t tokens, std
     if (linear.int8_inputs) {
         const CodesKernels codes = codes_kernels();
         auto* rows = reinterpret_cast<RowGroup*>(scratch);
-        codes.round(linear.kind, x, tokens * padded / kPanelGroup, rows);
+        codes.round(linear.kind, x, tokens * padded / kPanelGroup, rows, 1);
         codes.few({linear.kind, layout, rows, tokens, padded / kPanelGroup, first_row, stop_row, linear.rows, out});
     } else if (linear.kind == LinearKind::kFloat32) {
         kernels.floats({x, reinterpret_cast<const float*>(layout), padded, tokens, stop - first, out + first_row, linear.rows,
@@ -187,7 +190,7 @@ std::int64_t operand_row_bytes(Operand operand, std::int64_t columns) {
 void write_operand_row(Operand operand, const float* x, std::int64_t columns, void* to) {
     if (operand == Operand::kInt8 || operand == Operand::kInt8ForInt4) {
         const LinearKind kind = operand == Operand::kInt8 ? LinearKind::kInt8 : LinearKind::kInt4;
-        codes_kernels().round(kind, x, columns / kPanelGroup, static_cast<RowGroup*>(to));
+        codes_kernels().round(kind, x, columns / kPanelGroup, static_cast<RowGroup*>(to), 1);
         return;
     }
     const std::int64_t bytes = operand == Operand::kBf16 ? 2 : 4;
@@ -196,37 +199,132 @@ void write_operand_row(Operand operand, const float* x, std::int64_t columns, vo
                 static_cast<std::size_t>((padded_columns(columns) - columns) * bytes));
 }
 
-void multiply_many(const Linear& linear, const ManyRows& call) {
-    const LinearKernels kernels = choose_kernels(linear.kind);
-    const CodesKernels codes = codes_kernels();
-    const std::int64_t padded = padded_columns(linear.columns), blocks = linear_blocks(linear);
-    const std::int64_t pieces = (call.tokens + kRowsAtOnce - 1) / kRowsAtOnce;
-    const std::int64_t row_bytes = operand_row_bytes(call.operand, linear.columns);
-    const std::int64_t count = linear.int8_inputs ? padded / kPanelGroup : call.operand == Operand::kBf16 ? padded / 2 : padded;
-    const int threads = num_threads();
-    const bool plain = linear.kind == LinearKind::kFloat32;  // lies as a panel already
-    const auto panel_floats = static_cast<std::size_t>(plain ? 0 : padded * kWeightRows);
-    for_each_part(blocks * pieces, threads, panel_floats, [&](std::int64_t part, float* scratch) {
-        const std::int64_t block = part / pieces, token = part % pieces * kRowsAtOnce, row = block * kWeightRows;
-        const char* layout = linear.layout + block * linear_block_bytes(linear);
-        const float* panel = reinterpret_cast<const float*>(layout);
-        if (!plain) {
-            const char* ahead = layout + (block + threads < blocks ? threads * linear_block_bytes(linear) : 0);
-            (linear.int8_inputs ? codes.unpack : kernels.unpack)({linear.kind, layout, padded / kWeightGroup, scratch, ahead});
-            panel = scratch;
+void write_operand_columns(Operand operand, const float* x, std::int64_t rows, std::int64_t column, std::int64_t columns,
+                           void* to) {
+    const std::int64_t padded = padded_columns(columns);
+    if (operand == Operand::kInt8 || operand == Operand::kInt8ForInt4) {
+        const LinearKind kind = operand == Operand::kInt8 ? LinearKind::kInt8 : LinearKind::kInt4;
+        codes_kernels().round(kind, x, rows, static_cast<RowGroup*>(to) + column / kPanelGroup, padded / kPanelGroup);
+        return;
+    }
+    const Element element = operand == Operand::kBf16 ? Element::kBfloat16 : Element::kFloat32;
+    char* first = static_cast<char*>(to) + column * (operand == Operand::kBf16 ? 2 : 4);
+    row_kernels().convert_block({x, rows, kPanelGroup, kPanelGroup, element, first, padded});
+}
+
+namespace {
+
+// What multiply_many and pass_products share. receive(block, first token, tokens, tile without its outputs) is called for each
+// block with its panel, `tokens` at a time.
+struct Multiplication {
+    const Linear& linear;
+    const ManyRows& call;
+    LinearKernels kernels = choose_kernels(linear.kind);
+    CodesKernels codes = codes_kernels();
+    std::int64_t padded = padded_columns(linear.columns);
+    std::int64_t row_bytes = operand_row_bytes(call.operand, linear.columns);
+    std::int64_t count = linear.int8_inputs ? padded / kPanelGroup : call.operand == Operand::kBf16 ? padded / 2 : padded;
+    std::int64_t block_bytes = linear_block_bytes(linear);
+    bool plain = linear.kind == LinearKind::kFloat32;  // lies as a panel already
+
+    std::size_t panel_floats() const { return static_cast<std::size_t>(plain ? 0 : padded * kWeightRows); }
+
+    const float* panel(std::int64_t block, float* scratch) const {
+        const char* layout = linear.layout + block * block_bytes;
+        if (plain) {
+            return reinterpret_cast<const float*>(layout);
         }
+        (linear.int8_inputs ? codes.unpack : kernels.unpack)({linear.kind, layout, padded / kWeightGroup, scratch});
+        return scratch;
+    }
+
+    // Rows `token`.. of x times a block's panel. The same `share` of the block `next` is fetched meanwhile.
+    void multiply(std::int64_t block, const float* panel, std::int64_t token, std::int64_t tokens, const ProductsTo& to,
+                  std::int64_t next, const Share& share) const {
+        const std::int64_t row = block * kWeightRows;
+        const bool fetches = !plain && next < linear_blocks(linear);
         const TilePart tile{static_cast<const char*>(call.x) + token * row_bytes,
-                            std::min(kRowsAtOnce, call.tokens - token),
+                            tokens,
                             count,
                             panel,
-                            call.out + token * call.out_stride + row,
-                            call.out_stride,
+                            to.out,
+                            to.out_stride,
                             std::min(kWeightRows, linear.rows - row),
                             linear.bias == nullptr ? nullptr : linear.bias + row,
-                            call.scale == nullptr ? nullptr : call.scale + row,
-                            call.add};
+                            to.scale == nullptr ? nullptr : to.scale + row,
+                            to.add,
+                            linear.layout + (fetches ? next * block_bytes + share.first : 0),
+                            fetches ? share.stop - share.first : 0};
         (linear.int8_inputs ? codes.multiply : kernels.multiply)(tile);
+    }
+};
+
+// Rows in pieces of one length, so that none pays the unpacking for a few.
+struct Pieces {
+    std::int64_t tokens, count, step;
+
+    explicit Pieces(std::int64_t all)
+        : tokens(all),
+          count(std::max<std::int64_t>(1, (all + kRowsAtOnce / 2) / kRowsAtOnce)),
+          step(((all + count - 1) / count + kTileMultiple - 1) / kTileMultiple * kTileMultiple) {
+        count = (all + step - 1) / step;
+    }
+    std::int64_t first(std::int64_t piece) const { return piece * step; }
+    std::int64_t length(std::int64_t piece) const { return std::min(step, tokens - piece * step); }
+};
+
+// Parts that threads take one after another lie far from each other, so that no two write to one cache line at a time.
+std::int64_t spread(std::int64_t part, std::int64_t parts, std::int64_t threads) {
+    const std::int64_t whole = parts / threads * threads;  // what is left after them comes last
+    return part < whole ? part % threads * (parts / threads) + part / threads : part;
+}
+
+}  // namespace
+
+void multiply_many(const Linear& linear, const ManyRows& call, const ProductsTo& to) {
+    const Multiplication work{linear, call};
+    const Pieces pieces(call.tokens);
+    const std::int64_t parts = linear_blocks(linear) * pieces.count;
+    for_each_part(parts, call.threads, work.panel_floats(), [&](std::int64_t index, float* scratch) {
+        const std::int64_t part = spread(index, parts, call.threads), piece = part % pieces.count;
+        const std::int64_t block = part / pieces.count, token = pieces.first(piece);
+        work.multiply(block, work.panel(block, scratch), token, pieces.length(piece),
+                      {to.out + token * to.out_stride + block * kWeightRows, to.out_stride, to.add, to.scale}, block + 1,
+                      {0, work.block_bytes});
     });
+}
+
+void pass_products(const Linear& linear, const ManyRows& call, int blocks, ProductsFunction function, const void* body) {
+    const Multiplication work{linear, call};
+    const Pieces pieces(call.tokens);
+    const std::int64_t all = linear_blocks(linear), parts = (all + blocks - 1) / blocks * pieces.count;
+    const std::int64_t width = blocks * kWeightRows;
+    const std::size_t panel_floats = work.panel_floats(), sums_floats = static_cast<std::size_t>(kRowsInCache * width);
+    for_each_part(parts, call.threads, sums_floats + panel_floats * static_cast<std::size_t>(blocks),
+                  [&](std::int64_t index, float* scratch) {
+                      const std::int64_t part = spread(index, parts, call.threads), piece = part % pieces.count;
+                      const std::int64_t first = part / pieces.count * blocks,
+                                         present = std::min<std::int64_t>(blocks, all - first);
+                      const float* panels[kMostBlocks];
+                      for (std::int64_t i = 0; i < present; ++i) {
+                          float* place = scratch + sums_floats + static_cast<std::size_t>(i) * panel_floats;
+                          panels[i] = work.panel(first + i, place);
+                      }
+                      const std::int64_t begin = pieces.first(piece), stop = begin + pieces.length(piece);
+                      for (std::int64_t token = begin; token < stop; token += kRowsInCache) {
+                          const std::int64_t tokens = std::min(kRowsInCache, stop - token);
+                          if ((first + blocks) * kWeightRows > linear.rows) {
+                              std::fill_n(scratch, sums_floats, 0.0f);
+                          }
+                          for (std::int64_t i = 0; i < present; ++i) {
+                              const Share share{work.block_bytes * (token - begin) / (stop - begin),
+                                                work.block_bytes * (token + tokens - begin) / (stop - begin)};
+                              work.multiply(first + i, panels[i], token, tokens, {scratch + i * kWeightRows, width},
+                                            first + blocks + i, share);
+                          }
+                          function(body, {token, tokens, first * kWeightRows, width, scratch});
+                      }
+                  });
 }
 
 }  // namespace rsvlm

@@ -105,12 +105,7 @@ inline void run_tile(const TilePart& part, const Value* x, std::int64_t token) {
                 sums[r][1] = multiply_add(value, lanes, high, sums[r][1]);
             }
         }
-#pragma GCC unroll 12
-        for (int r = 0; r < Rows; ++r) {
-            float* out = part.out + (token + r) * part.out_stride;
-            finish(part, lane, sums[r][0], out);
-            finish(part, lane + kLanes, sums[r][1], out);
-        }
+        finish_tile<Rows>(part, token, lane, sums);
     }
 }
 
@@ -118,9 +113,12 @@ template <class Value>
 void run_tiles(const TilePart& part) {
     const auto* x = static_cast<const Value*>(part.x);
     std::int64_t token = 0;
+    FetchAhead ahead(part, kTileRows);
     for (; token + kTileRows <= part.tokens; token += kTileRows) {
+        ahead.share();
         run_tile<Value, kTileRows>(part, x + token * part.count, token);
     }
+    ahead.share();
     for (; token + kTileRows / 2 <= part.tokens; token += kTileRows / 2) {
         run_tile<Value, kTileRows / 2>(part, x + token * part.count, token);
     }
@@ -174,7 +172,6 @@ void unpack_panel(const PanelPart& part) {
     const std::int64_t bytes = scale_bytes + kPanelRows * kPanelGroup * bits / 8;
     const char* group = part.block;
     for (std::int64_t g = 0; g < part.groups; ++g, group += bytes) {
-        fetch(part.ahead + g * bytes, bytes);
 #ifdef RSVLM_DOT_BF16
         float* panel = part.panel + g * kPanelGroup / 2 * kPanelRows;
         if (part.kind == LinearKind::kBf16) {

@@ -5,7 +5,6 @@
 
 #include "../ops/attention_kernels.h"
 #include "rows.h"
-#include "rsvlm/bfloat16.h"
 #include "rsvlm/decoder.h"
 #include "rsvlm/parallel.h"
 
@@ -14,7 +13,7 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr std::int64_t kAttentionPiece = 96;  // queries that share one copy of keys and values
-constexpr std::int64_t kRowsAtOnce = 480;     // keeps the widest activation of the default model at 6 MB
+constexpr std::int64_t kRowsAtOnce = 480;     // keeps all activations of the default model at 5 MB
 
 std::int64_t element_bytes(Element element) { return element == Element::kBfloat16 ? 2 : 4; }
 
@@ -36,10 +35,11 @@ void Decoder::prefill(KvCache& cache, const PrefillRow* rows, std::int64_t count
     std::int64_t held = 0, first = 0;  // `first` is the state that the batch's first row belongs to
     const auto flush = [&](std::int64_t next) {
         if (held > 0) {
-            prompt_x_.assign(embeddings, embeddings + held * hidden);
+            float* x = prompt_x_.hold<float>(held * hidden);
+            std::copy_n(embeddings, held * hidden, x);
             embeddings += held * hidden;
             batch_states.resize(batch.size() * static_cast<std::size_t>(hidden));
-            prefill_rows(cache, batch.data(), static_cast<std::int64_t>(batch.size()), prompt_x_.data(), batch_states.data());
+            prefill_rows(cache, batch.data(), static_cast<std::int64_t>(batch.size()), x, batch_states.data());
             // a row that goes on leaves a state, which the next piece of it overwrites
             std::copy(batch_states.begin(), batch_states.end(), states + first * hidden);
         }
@@ -64,7 +64,6 @@ void Decoder::prefill(KvCache& cache, const PrefillRow* rows, std::int64_t count
 void Decoder::prefill_rows(KvCache& cache, const PrefillRow* rows, std::int64_t count, float* x, float* states) {
     const std::int64_t hidden = shape_.hidden, dim = shape_.head_dim, half = dim / 2, heads = shape_.heads;
     const std::int64_t kv_heads = shape_.kv_heads, group = heads / kv_heads, group_width = heads * dim;
-    const std::int64_t gated = padded_columns(shape_.intermediate);
     std::int64_t tokens = 0, longest = 0;
     std::vector<std::int64_t> positions, cache_rows;
     std::vector<Piece> pieces;
@@ -87,13 +86,13 @@ void Decoder::prefill_rows(KvCache& cache, const PrefillRow* rows, std::int64_t 
     const auto attend = attention_kernel(shape_.cache);
     const int threads = num_threads();
     const std::int64_t cache_bytes = element_bytes(shape_.cache);
-    const std::int64_t wide = std::max(layers_[0].qkv.rows, layers_[0].gate_up.rows);
     const Layer& one = layers_[0];  // all layers have its widths, and no operand is wider than float32
-    const std::int64_t widest = std::max({one.qkv.columns, one.o.columns, one.down.columns});
-    operand_.resize(static_cast<std::size_t>(tokens * operand_row_bytes(Operand::kFloat32, widest)));
-    queries_.resize(static_cast<std::size_t>(tokens * group_width * cache_bytes));
-    outputs_.resize(static_cast<std::size_t>(tokens * group_width * cache_bytes));
-    prompt_wide_.resize(static_cast<std::size_t>(tokens * wide));
+    const std::int64_t widest = std::max(one.qkv.columns, one.o.columns);
+    char* inputs = inputs_.hold<char>(tokens * operand_row_bytes(Operand::kFloat32, widest));
+    char* gated = gated_inputs_.hold<char>(tokens * operand_row_bytes(Operand::kFloat32, one.down.columns));
+    char* queries = queries_.hold<char>(tokens * group_width * cache_bytes);
+    char* outputs = outputs_.hold<char>(tokens * group_width * cache_bytes);
+    float* qkv = prompt_qkv_.hold<float>(tokens * one.qkv.rows);
     std::vector<float> cosines(static_cast<std::size_t>(tokens * half)), sines(static_cast<std::size_t>(tokens * half));
     for (std::int64_t n = 0; n < tokens; ++n) {
         turn(positions[static_cast<std::size_t>(n)], cosines.data() + n * half, sines.data() + n * half);
@@ -106,7 +105,7 @@ void Decoder::prefill_rows(KvCache& cache, const PrefillRow* rows, std::int64_t 
         for_each_part((tokens + 15) / 16, threads, floats, [&](std::int64_t part, float* row) {
             for (std::int64_t n = part * 16; n < std::min(part * 16 + 16, tokens); ++n) {
                 make(n, row);
-                write_operand_row(operand, row, linear.columns, operand_.data() + n * bytes);
+                write_operand_row(operand, row, linear.columns, inputs + n * bytes);
             }
         });
     };
@@ -115,22 +114,22 @@ void Decoder::prefill_rows(KvCache& cache, const PrefillRow* rows, std::int64_t 
             kernels.norm({x + n * hidden, weight, nullptr, hidden, shape_.eps, row, Element::kFloat32});
         });
     };
-    const auto multiply = [&](const Linear& linear, float* out, bool add) {
-        multiply_many(linear, {operand_.data(), operand_of(linear), tokens, out, linear.rows, add});
+    const auto multiply = [&](const Linear& linear, const char* from, float* out, bool add) {
+        multiply_many(linear, {from, operand_of(linear), tokens, threads}, {out, linear.rows, add});
     };
     for (std::int64_t index = 0; index < shape_.layers; ++index) {
         const Layer& layer = layers_[static_cast<std::size_t>(index)];
         const std::int64_t qkv_width = layer.qkv.rows;
         norm_rows(layer.qkv, layer.input_norm);
-        multiply(layer.qkv, prompt_wide_.data(), false);
+        multiply(layer.qkv, inputs, qkv, false);
         for_each_part((tokens + 15) / 16, threads, 0, [&](std::int64_t part, float*) {
             for (std::int64_t n = part * 16; n < std::min(part * 16 + 16, tokens); ++n) {
-                const float* row = prompt_wide_.data() + n * qkv_width;
+                const float* row = qkv + n * qkv_width;
                 const std::int64_t place = positions[static_cast<std::size_t>(n)];
                 const std::int64_t cache_row = cache_rows[static_cast<std::size_t>(n)];
                 for (std::int64_t head = 0; head < heads; ++head) {
                     kernels.rotate(row + head * dim, cosines.data() + n * half, sines.data() + n * half, half, shape_.cache,
-                                   queries_.data() + (n * heads + head) * dim * cache_bytes);
+                                   queries + (n * heads + head) * dim * cache_bytes);
                 }
                 for (std::int64_t head = 0; head < kv_heads; ++head) {
                     const float* key = row + (heads + head) * dim;
@@ -150,31 +149,29 @@ void Decoder::prefill_rows(KvCache& cache, const PrefillRow* rows, std::int64_t 
                     limits[n] = static_cast<float>(piece.position + n + 1);
                 }
                 const std::int64_t at = (piece.first * heads + head) * dim * cache_bytes;
-                attend({queries_.data() + at, cache.key(index, piece.row, head / group, 0),
-                        cache.value(index, piece.row, head / group, 0), outputs_.data() + at, group_width, dim, dim,
-                        group_width, piece.tokens, keys, dim, kLog2E / std::sqrt(static_cast<float>(dim)), scratch, limits});
+                attend({queries + at, cache.key(index, piece.row, head / group, 0),
+                        cache.value(index, piece.row, head / group, 0), outputs + at, group_width, dim, dim, group_width,
+                        piece.tokens, keys, dim, kLog2E / std::sqrt(static_cast<float>(dim)), scratch, limits});
             });
         write_rows(layer.o, [&](std::int64_t n, float* row) {
-            const char* from = outputs_.data() + n * group_width * cache_bytes;
+            const char* from = outputs + n * group_width * cache_bytes;
             if (shape_.cache == Element::kFloat32) {
                 std::memcpy(row, from, static_cast<std::size_t>(group_width * cache_bytes));
             } else {
-                const auto* halves = reinterpret_cast<const std::uint16_t*>(from);
-                for (std::int64_t i = 0; i < group_width; ++i) {
-                    row[i] = widen(halves[i]);
-                }
+                kernels.widen(reinterpret_cast<const std::uint16_t*>(from), group_width, row);
             }
         });
-        multiply(layer.o, x, true);
+        multiply(layer.o, inputs, x, true);
         norm_rows(layer.gate_up, layer.post_norm);
-        multiply(layer.gate_up, prompt_wide_.data(), false);
-        write_rows(layer.down, [&](std::int64_t n, float* row) {
-            const float* from = prompt_wide_.data() + n * gated * 2;
-            for (std::int64_t block = 0; block < gated / 32; ++block) {
-                kernels.gate(from + block * 64, from + block * 64 + 32, 32, Element::kFloat32, row + block * 32);
-            }
+        const Operand operand = operand_of(layer.down);
+        const std::int64_t down_bytes = operand_row_bytes(operand, layer.down.columns);
+        // a block of 32 gates and one of their 32 ups lie side by side
+        multiply_into(layer.gate_up, {inputs, operand_of(layer.gate_up), tokens, threads}, 2, [&](const Products& products) {
+            kernels.gate_block(products.sums, products.tokens, products.sums);
+            write_operand_columns(operand, products.sums, products.tokens, products.column / 2, layer.down.columns,
+                                  gated + products.token * down_bytes);
         });
-        multiply(layer.down, x, true);
+        multiply(layer.down, gated, x, true);
     }
     std::int64_t last = -1;
     for (std::int64_t i = 0; i < count; ++i) {

@@ -19,18 +19,31 @@ struct NormPart {
     Element element;
 };
 
+// The first `width` columns of x [rows, x_stride] -> a part of wider rows.
+struct BlockPart {
+    const float* x;
+    std::int64_t rows, x_stride, width;
+    Element element;
+    void* out;
+    std::int64_t out_stride;  // in elements
+};
+
 #define RSVLM_DECLARE_ROWS(isa)                                                                                               \
     namespace isa {                                                                                                           \
     void norm_row(const NormPart& part);                                                                                      \
     void convert_row(const float* x, std::int64_t width, Element element, void* out);                                         \
     void gate_row(const float* gate, const float* up, std::int64_t width, Element element, void* out);                        \
     void activate_row(const float* x, std::int64_t width, Activation activation, Element element, void* out);                 \
+    void convert_block(const BlockPart& part);                                                                                \
+    void gate_block(const float* pairs, std::int64_t rows, float* out);                                                       \
+    void widen_row(const std::uint16_t* x, std::int64_t width, float* out);                                                   \
     void rotate_row(const float* x, const float* cosines, const float* sines, std::int64_t half, Element element, void* out); \
     void add_row(const float* x, std::int64_t width, float factor, float* to);                                                \
     }
 RSVLM_DECLARE_ROWS(portable)
 RSVLM_DECLARE_ROWS(avx2)
 RSVLM_DECLARE_ROWS(avx512)
+RSVLM_DECLARE_ROWS(avx512_bf16)
 #undef RSVLM_DECLARE_ROWS
 
 }  // namespace rsvlm
@@ -72,14 +85,32 @@ inline Vec centred(const float* x, std::int64_t count, Vec shift) {
     return load(lanes);
 }
 
+// Sum of a row by add(i, count, sum) -> sum with the `count` values from i on, in four chains: one would wait for each
+// addition.
+template <class Add>
+inline __attribute__((always_inline)) float sum_row(std::int64_t width, const Add& add_vector) {
+    Vec sums[4] = {zero(), zero(), zero(), zero()};
+    std::int64_t i = 0;
+    for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
+#pragma GCC unroll 4
+        for (int chain = 0; chain < 4; ++chain) {
+            sums[chain] = add_vector(i + chain * kLanes, std::int64_t{kLanes}, sums[chain]);
+        }
+    }
+    for (; i < width; i += kLanes) {
+        sums[0] = add_vector(i, width - i < kLanes ? width - i : kLanes, sums[0]);
+    }
+    return sum_lanes(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+}
+
 inline float mean_square(const float* x, std::int64_t width, float mean) {
     const Vec shift = set1(mean);
-    Vec sums[2] = {zero(), zero()};
-    for (std::int64_t i = 0; i < width; i += kLanes) {
-        const Vec value = centred(x + i, width - i, shift);
-        sums[i / kLanes % 2] = fma(value, value, sums[i / kLanes % 2]);
-    }
-    return sum_lanes(add(sums[0], sums[1])) / static_cast<float>(width);
+    return sum_row(width,
+                   [&](std::int64_t i, std::int64_t count, Vec sum) __attribute__((always_inline)) {
+                       const Vec value = centred(x + i, count, shift);
+                       return fma(value, value, sum);
+                   }) /
+           static_cast<float>(width);
 }
 
 inline Vec sigmoid_times(Vec x, Vec argument) { return div(x, add(set1(1.0f), exp2(mul(argument, set1(-kLog2E))))); }
@@ -89,11 +120,10 @@ inline Vec sigmoid_times(Vec x, Vec argument) { return div(x, add(set1(1.0f), ex
 void norm_row(const NormPart& part) {
     float mean = 0.0f;
     if (part.bias != nullptr) {
-        Vec sum = zero();
-        for (std::int64_t i = 0; i < part.width; i += kLanes) {
-            sum = add(sum, load_up_to(part.x + i, part.width - i));
-        }
-        mean = sum_lanes(sum) / static_cast<float>(part.width);
+        const float sum =
+            sum_row(part.width, [&](std::int64_t i, std::int64_t count, Vec so_far)
+                                    __attribute__((always_inline)) { return add(so_far, load_up_to(part.x + i, count)); });
+        mean = sum / static_cast<float>(part.width);
     }
     const Vec shift = set1(mean);
     const Vec factor = set1(1.0f / __builtin_sqrtf(mean_square(part.x, part.width, mean) + part.eps));
@@ -115,7 +145,54 @@ void gate_row(const float* gate, const float* up, std::int64_t width, Element el
     });
 }
 
+// [rows, 32 gates | 32 ups] -> [rows, 32], which may be the same memory.
+void gate_block(const float* pairs, std::int64_t rows, float* out) {
+    for (std::int64_t row = 0; row < rows; ++row, pairs += 64, out += 32) {
+        gate_row(pairs, pairs + 32, 32, Element::kFloat32, out);
+    }
+}
+
+void convert_block(const BlockPart& part) {
+    const float* x = part.x;
+#ifdef RSVLM_DOT_BF16
+    if (part.element == Element::kBfloat16 && part.width == 2 * kLanes) {
+        auto* to = static_cast<std::uint16_t*>(part.out);
+        for (std::int64_t row = 0; row < part.rows; ++row, x += part.x_stride, to += part.out_stride) {
+            _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(load(x + kLanes), load(x)));
+        }
+        return;
+    }
+#endif
+    const std::int64_t bytes = part.element == Element::kBfloat16 ? 2 : 4;
+    char* out = static_cast<char*>(part.out);
+    for (std::int64_t row = 0; row < part.rows; ++row, x += part.x_stride, out += part.out_stride * bytes) {
+        convert_row(x, part.width, part.element, out);
+    }
+}
+
+void widen_row(const std::uint16_t* x, std::int64_t width, float* out) {
+    for_vectors(width, out,
+                [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) { return load_up_to(x + i, count); });
+}
+
 void activate_row(const float* x, std::int64_t width, Activation activation, Element element, void* out) {
+    if (activation == Activation::kGelu && element == Element::kFloat32) {
+        constexpr int kAtOnce = kLanes == 16 ? 8 : 2;
+        auto* to = static_cast<float*>(out);
+        for (; width >= kAtOnce * kLanes; width -= kAtOnce * kLanes, x += kAtOnce * kLanes, to += kAtOnce * kLanes) {
+            Vec values[kAtOnce];
+#pragma GCC unroll 8
+            for (int i = 0; i < kAtOnce; ++i) {
+                values[i] = load(x + i * kLanes);
+            }
+            gelu<kAtOnce>(values);
+#pragma GCC unroll 8
+            for (int i = 0; i < kAtOnce; ++i) {
+                store(to + i * kLanes, values[i]);
+            }
+        }
+        out = to;
+    }
     write_row(width, element, out, [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
         const Vec value = load_up_to(x + i, count);
         if (activation == Activation::kGelu) {

@@ -65,8 +65,9 @@ std::vector<std::int64_t> most_salient(const float* rows, std::int64_t count, st
 }  // namespace
 
 void SceneModel::run_head(const Head& head, std::int64_t count, const float* x, float* out) {
-    norm_rows(head.proj, x, count, head.norm, shape_.vision.eps);
-    multiply(head.proj, count, out);
+    Workspace& work = shared_workspace();
+    const InputRows normed = norm_rows(work, head.proj, x, count, head.norm, shape_.vision.eps);
+    multiply(work, head.proj, normed, {out, shape_.embed});
     for (std::int64_t n = 0; n < count; ++n) {
         normalise(out + n * shape_.embed, shape_.embed);
     }
@@ -113,8 +114,8 @@ void SceneModel::align(const std::array<const float*, 3>& taps, const float* sce
 
 void SceneModel::embed_states(const float* states, std::int64_t count, float* out) {
     const std::lock_guard<std::mutex> lock(busy_);
-    convert_rows(text_proj_, states, count);
-    multiply(text_proj_, count, out);
+    Workspace& work = shared_workspace();
+    multiply(work, text_proj_, convert_rows(work, text_proj_, states, count), {out, shape_.embed});
     for (std::int64_t n = 0; n < count; ++n) {
         normalise(out + n * shape_.embed, shape_.embed);
     }
@@ -125,11 +126,10 @@ void SceneModel::bridge(const std::array<const float*, 3>& taps, std::int64_t pa
     const std::lock_guard<std::mutex> lock(busy_);
     const auto size = static_cast<std::size_t>(patches * shape_.vision.hidden);
     std::array<const float*, 3> features = taps;
-    std::vector<float> augmented;
     if (!levels_.empty()) {
-        augmented.resize(3 * size);
+        float* augmented = augmented_.hold<float>(static_cast<std::int64_t>(3 * size));
         for (std::size_t level = 0; level < 3; ++level) {
-            float* to = augmented.data() + level * size;
+            float* to = augmented + level * size;
             augment(levels_[level], taps[level], patches, cues[level], query, to);
             features[level] = to;
         }
@@ -148,23 +148,22 @@ void SceneModel::augment(const Level& level, const float* features, std::int64_t
     if (keys == 0) {
         return;  // nothing to look at gives zeros, and the last projection has no bias
     }
-    context_.resize(static_cast<std::size_t>(keys * width));
+    Workspace& work = shared_workspace();
+    float* context = context_.hold<float>(keys * width);
     if (cues.count > 0) {
-        convert_rows(cue_proj_, cues.values, cues.count);
-        multiply(cue_proj_, cues.count, context_.data());
+        multiply(work, cue_proj_, convert_rows(work, cue_proj_, cues.values, cues.count), {context, width});
     }
     if (query.count > 0) {
-        convert_rows(query_proj_, query.values, query.count);
-        multiply(query_proj_, query.count, context_.data() + cues.count * width);
+        const InputRows queries = convert_rows(work, query_proj_, query.values, query.count);
+        multiply(work, query_proj_, queries, {context + cues.count * width, width});
     }
-    convert_rows(level.kv, context_.data(), keys);
-    wide_.resize(static_cast<std::size_t>((patches + 2 * keys) * width));
-    float* kv = wide_.data() + patches * width;
-    multiply(level.kv, keys, kv);
-    norm_rows(level.q, features, patches, level.norm, kEps);
-    multiply(level.q, patches, wide_.data());
-    attend(level.o, patches, shape_.augmentation_heads, wide_.data(), width, kv, 2 * width, keys, {0, patches}, {0, keys});
-    multiply(level.o, patches, out, true, level.gate.data());
+    float* q = work.narrow.hold<float>((patches + 2 * keys) * width);  // wide enough for either element
+    float* kv = q + patches * width;
+    multiply_narrow(work, level.kv, convert_rows(work, level.kv, context, keys), kv);
+    multiply_narrow(work, level.q, norm_rows(work, level.q, features, patches, level.norm, kEps), q);
+    const InputRows attended = attend(work, level.o, patches, shape_.augmentation_heads,
+                                      {{{q, width, 0}, {kv, 2 * width, 0}, {kv, 2 * width, width}}}, {0, patches}, {0, keys});
+    multiply(work, level.o, attended, {out, width, true, level.gate.data()});
 }
 
 void SceneModel::run_experts(const float* base, const std::array<const float*, 3>& features, std::int64_t patches, float* out) {

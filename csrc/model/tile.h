@@ -16,7 +16,6 @@ struct PanelPart {
     const char* block;
     std::int64_t groups;  // of 32 columns
     float* panel;
-    const char* ahead;  // the block that this thread will probably unpack next, to be fetched into the L2 cache meanwhile
 };
 
 struct TilePart {
@@ -27,6 +26,8 @@ struct TilePart {
     std::int64_t out_stride, present;  // rows of the block that exist
     const float *bias, *scale;         // at the block, or null
     bool add;
+    const char* ahead;  // what this thread will probably unpack next, to be fetched into the L2 cache meanwhile
+    std::int64_t ahead_bytes;
 };
 
 }  // namespace rsvlm
@@ -42,8 +43,27 @@ inline void fetch(const char* from, std::int64_t bytes) {
     }
 }
 
+// What is to be fetched ahead, a share per register tile of `rows`: all at once, it would keep the unpacking waiting.
+class FetchAhead {
+  public:
+    FetchAhead(const TilePart& part, std::int64_t rows)
+        : next_(part.ahead),
+          stop_(part.ahead + part.ahead_bytes),
+          share_((part.ahead_bytes * rows / (part.tokens < rows ? rows : part.tokens) + 63) / 64 * 64) {}
+
+    void share() {
+        const std::int64_t left = stop_ - next_;
+        fetch(next_, left < share_ ? left : share_);
+        next_ += left < share_ ? left : share_;
+    }
+
+  private:
+    const char *next_, *stop_;
+    std::int64_t share_;
+};
+
 // One vector of sums -> out[lane..].
-inline void finish(const TilePart& part, std::int64_t lane, Vec sum, float* out) {
+__attribute__((noinline)) void finish(const TilePart& part, std::int64_t lane, Vec sum, float* out) {
     const std::int64_t left = part.present - lane, count = left < kLanes ? left : kLanes;
     if (count <= 0) {
         return;
@@ -58,6 +78,50 @@ inline void finish(const TilePart& part, std::int64_t lane, Vec sum, float* out)
         sum = add(sum, count == kLanes ? load(out + lane) : load_partly(out + lane, count));
     }
     store_first(out + lane, sum, count);
+}
+
+// finish() of the vectors at `lane` and behind it of all rows of a register tile. Everything is unrolled, because an index that
+// the compiler does not know would keep all sums of the products' loop in memory.
+template <int Rows>
+inline __attribute__((always_inline)) void finish_tile(const TilePart& part, std::int64_t token, std::int64_t lane,
+                                                       Vec (&sums)[Rows][2]) {
+    float* out = part.out + token * part.out_stride + lane;
+    if (part.present - lane < 2 * kLanes) {
+#pragma GCC unroll 12
+        for (int r = 0; r < Rows; ++r) {
+            finish(part, lane, sums[r][0], out - lane + r * part.out_stride);
+            finish(part, lane + kLanes, sums[r][1], out - lane + r * part.out_stride);
+        }
+        return;
+    }
+    if (part.bias != nullptr) {
+        const Vec low = load(part.bias + lane), high = load(part.bias + lane + kLanes);
+#pragma GCC unroll 12
+        for (int r = 0; r < Rows; ++r) {
+            sums[r][0] = add(sums[r][0], low);
+            sums[r][1] = add(sums[r][1], high);
+        }
+    }
+    if (part.scale != nullptr) {
+        const Vec low = load(part.scale + lane), high = load(part.scale + lane + kLanes);
+#pragma GCC unroll 12
+        for (int r = 0; r < Rows; ++r) {
+            sums[r][0] = mul(sums[r][0], low);
+            sums[r][1] = mul(sums[r][1], high);
+        }
+    }
+    if (part.add) {
+#pragma GCC unroll 12
+        for (int r = 0; r < Rows; ++r) {
+            sums[r][0] = add(sums[r][0], load(out + r * part.out_stride));
+            sums[r][1] = add(sums[r][1], load(out + r * part.out_stride + kLanes));
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) {
+        store(out + r * part.out_stride, sums[r][0]);
+        store(out + r * part.out_stride + kLanes, sums[r][1]);
+    }
 }
 
 }  // namespace

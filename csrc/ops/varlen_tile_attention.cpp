@@ -78,7 +78,7 @@ void varlen_tile_attention(const TileAttention& call, const std::vector<std::int
         longest = std::max(longest, keys);
     }
     const double products = pairs * static_cast<double>(call.heads * call.head_dim);
-    const int threads = threads_for(products);
+    const int threads = call.threads > 0 ? std::min(call.threads, threads_for(products)) : threads_for(products);
     const std::vector<Part> parts =
         plan_parts(call.heads, bounds, key_bounds, pairs * static_cast<double>(call.heads), threads);
     const auto kernel = attention_kernel(call.element);

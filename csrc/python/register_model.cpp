@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 #include "bindings.h"
 #include "pointers.h"
+#include "reused_arrays.h"
 #include "rsvlm/decoder.h"
 #include "rsvlm/scene_model.h"
 #include "rsvlm/settings.h"
@@ -151,23 +153,34 @@ class PySceneModel {
         : weights_(weights), model_(scene_shape(settings), weight_table(weights, int8_inputs)) {}
 
     // Three taps [S, hidden], then three class tokens [T or 0, hidden].
-    std::vector<py::array_t<float>> encode(const Array<float>& patches, const Array<float>& positions,
+    std::vector<py::array_t<float>> encode(const Array<float>& patches, const std::vector<Array<float>>& positions,
                                            const std::vector<std::int64_t>& bounds) {
         const VisionShape& vision = model_.shape().vision;
         const std::int64_t count = check_bounds(bounds);
         check_size("patches", patches.size(), count * vision.patch_values);
-        check_size("positions", positions.size(), count * vision.hidden);
+        check_size("positions", static_cast<std::int64_t>(positions.size()), static_cast<std::int64_t>(bounds.size()) - 1);
+        std::vector<const float*> places;
+        for (std::size_t tile = 0; tile < positions.size(); ++tile) {
+            check_size("positions", positions[tile].size(), (bounds[tile + 1] - bounds[tile]) * vision.hidden);
+            places.push_back(positions[tile].data());
+        }
         const std::int64_t tiles = vision.class_token ? static_cast<std::int64_t>(bounds.size()) - 1 : 0;
         std::vector<py::array_t<float>> out;
         std::array<float*, 3> taps{}, class_tokens{};
         for (std::size_t i = 0; i < 6; ++i) {
-            out.emplace_back(std::vector<py::ssize_t>{i < 3 ? count : tiles, vision.hidden});
+            out.emplace_back(ReusedArrays::make({i < 3 ? count : tiles, vision.hidden}));
             (i < 3 ? taps[i] : class_tokens[i - 3]) = out[i].mutable_data();
         }
-        const float *from = patches.data(), *places = positions.data();
+        const float* from = patches.data();
         py::gil_scoped_release release;
-        model_.encode(from, places, bounds, taps, class_tokens);
+        model_.encode({from, places, bounds, taps, class_tokens});
         return out;
+    }
+
+    py::array_t<float> copy_patches(const Array<float>& patches) const {
+        py::array_t<float> copy = ReusedArrays::make({patches.shape(), patches.shape() + patches.ndim()});
+        std::memcpy(copy.mutable_data(), patches.data(), static_cast<std::size_t>(patches.nbytes()));
+        return copy;
     }
 
     std::vector<py::array_t<float>> align(const std::array<Array<float>, 3>& taps, const Array<float>& scene_class_token,
@@ -292,7 +305,9 @@ void register_model(py::module_& module) {
         .def(py::init<const py::dict&, const Settings&, const std::vector<std::string>&>(), py::kw_only(), py::arg("weights"),
              py::arg("settings"), py::arg("int8_inputs") = std::vector<std::string>())
         .def("encode", &PySceneModel::encode, py::kw_only(), py::arg("patches"), py::arg("positions"), py::arg("bounds"),
-             "patches [S, 3 p p] and positions [S, Dv] -> three taps [S, Dv], three class tokens [T or 0, Dv].")
+             "patches [S, 3 p p] and each tile's positions [N, Dv] -> three taps [S, Dv], three class tokens [T or 0, Dv].")
+        .def("copy_patches", &PySceneModel::copy_patches, py::kw_only(), py::arg("patches"),
+             "A copy, in memory that dropped arrays have left.")
         .def("align", &PySceneModel::align, py::kw_only(), py::arg("taps"), py::arg("scene_class_token"), py::arg("bounds"),
              "One scene's object [T, k, De], region [T, De] and scene [De]; empty where the model has no head.")
         .def("embed_states", &PySceneModel::embed_states, py::kw_only(), py::arg("states"), "[n, Dl] -> unit vectors [n, De].")

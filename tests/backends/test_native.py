@@ -88,7 +88,7 @@ def _random_prompts(config: RsvlmConfig, lengths: tuple[int, ...]) -> list[Promp
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_scenes_and_texts_equal_eager(backends: tuple[EagerBackend, NativeBackend], isa: str) -> None:
     eager, native = backends
-    native._levels.clear()
+    native.forget()
     scenes = [packed_scene(native.config, 100, 60, 1), packed_scene(native.config, 33, 32, 2)]
     with limited_to(isa):
         query = _query(native)
@@ -207,30 +207,45 @@ def test_a_scene_is_encoded_once_for_several_questions(
     backends: tuple[EagerBackend, NativeBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, native = backends
-    native._levels.clear()
+    native.forget()
     scene, other = packed_scene(native.config, 64, 64, 5), packed_scene(native.config, 64, 64, 6)
     first = native.encode([scene])[0].handle.tokens
-    assert len(native._levels) == 1
+    assert len(native._scenes) == 1
     np.testing.assert_array_equal(native.encode([scene], [_query(native)])[0].handle.tokens.shape, first.shape)
-    assert len(native._levels) == 1
+    assert len(native._scenes) == 1
     assert not np.array_equal(native.encode([other])[0].handle.tokens, first)
     np.testing.assert_array_equal(native.encode([scene])[0].handle.tokens, first)
-    assert len(native._levels) == 2
+    assert len(native._scenes) == 2
+    scene.patches[0, 0] += 1.0  # in place: what was kept is a copy
+    assert not np.array_equal(native.encode([scene])[0].handle.tokens, first)
+    scene.patches[0, 0] = np.nan
+    kept = native._encode_levels(scene)
+    assert native._encode_levels(scene) is kept
     monkeypatch.setattr("rsvlm_infer.backends.native.KEPT_STATE_BYTES", 0)
     native.encode([packed_scene(native.config, 40, 40, 7)])
-    assert len(native._levels) == 1
+    assert len(native._scenes) == 1
 
 
-def test_chunks_of_tiles_have_the_same_bits(
-    backends: tuple[EagerBackend, NativeBackend], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_tiles_have_the_same_bits_together_and_alone(
+    backends: tuple[EagerBackend, NativeBackend], isa: str, count: int
 ) -> None:
+    """Some threads take several tiles, one takes several short ones together, and all share what is left."""
     _, native = backends
-    scene = packed_scene(native.config, 150, 130)
-    native._levels.clear()
-    whole = native.encode([scene])[0].handle.tokens
-    native._levels.clear()
-    monkeypatch.setattr("rsvlm_infer.backends.native.CHUNK_PATCHES", 70)
-    np.testing.assert_array_equal(native.encode([scene])[0].handle.tokens, whole)
+    grids = [(side, side + 1) for side in (3, 11, 9, 14, 2, 12, 1, 17, 4, 13)]
+    generator = np.random.default_rng(8)
+    vision = native.config.vision
+    patches = [generator.standard_normal((rows * columns, 3 * vision.patch_size**2), np.float32) for rows, columns in grids]
+    positions = [native._grid_positions(*grid) for grid in grids]
+    bounds = np.concatenate(([0], np.cumsum([len(tile) for tile in patches]))).tolist()
+    with limited_to(isa), threads(count):
+        together = native._scene_model.encode(patches=np.concatenate(patches), positions=positions, bounds=bounds)
+        for tile, alone in enumerate(patches):
+            found = native._scene_model.encode(patches=alone, positions=[positions[tile]], bounds=[0, len(alone)])
+            for level in range(3):
+                np.testing.assert_array_equal(together[level][bounds[tile] : bounds[tile + 1]], found[level])
+                np.testing.assert_array_equal(together[3 + level][tile : tile + 1], found[3 + level])
 
 
 def test_refusals_name_what_is_wrong(languages: dict[str, NativeBackend], tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def _many(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
         weights={"vision_encoder.patch_embed": _laid_out(packed)}, settings=settings, int8_inputs=["vision_encoder."]
     )
     places = np.zeros((len(x), rows), np.float32)
-    return torch.from_numpy(model.encode(patches=x.numpy(), positions=places, bounds=[0, len(x)])[0])
+    return torch.from_numpy(model.encode(patches=x.numpy(), positions=[places], bounds=[0, len(x)])[0])
 
 
 @per_instruction_set

@@ -9,6 +9,7 @@
 
 #include "rsvlm/element.h"
 #include "rsvlm/linear.h"
+#include "rsvlm/scratch.h"
 #include "rsvlm/weight_table.h"
 
 namespace rsvlm {
@@ -110,8 +111,7 @@ class Decoder {
     int reserved_threads_ = 0;
     std::vector<float> x_, qkv_, attended_, projected_, gate_up_, gated_, cosines_, sines_, logits_, scratch_, best_values_;
     std::vector<std::int32_t> best_ids_;
-    std::vector<float> prompt_x_, prompt_wide_;
-    std::vector<char> operand_, queries_, outputs_;
+    Buffer prompt_x_, prompt_qkv_, inputs_, gated_inputs_, queries_, outputs_;
 };
 
 }  // namespace rsvlm

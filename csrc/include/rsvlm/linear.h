@@ -44,18 +44,43 @@ Operand operand_of(const Linear& linear);
 std::int64_t operand_row_bytes(Operand operand, std::int64_t columns);
 // One row x [columns] -> its operand_row_bytes, padding included. A value that is no number spoils its group of 32 columns.
 void write_operand_row(Operand operand, const float* x, std::int64_t columns, void* to);
+// Columns `column`..`column` + 31 (a multiple of 32) of `rows` rows, which lie one after another in x [rows, 32] -> rows of
+// `to`. Padding comes as zeros of x. Gives the bytes that write_operand_row gives.
+void write_operand_columns(Operand operand, const float* x, std::int64_t rows, std::int64_t column, std::int64_t columns,
+                           void* to);
 
-// What happens to the products: out = xW + b, or out += scale * (xW + b).
 struct ManyRows {
     const void* x;  // [tokens] rows of the operand
     Operand operand;
     std::int64_t tokens;
+    int threads;  // at most
+};
+// What happens to the products: out = xW + b, or out += scale * (xW + b).
+struct ProductsTo {
     float* out;  // [tokens, out_stride]
     std::int64_t out_stride;
     bool add = false;
     const float* scale = nullptr;  // [rows]; null = 1
 };
-// Many rows of x: each block is unpacked once per 240 rows. Bits as for multiply_few, but not the same bits. Uses all threads.
-void multiply_many(const Linear& linear, const ManyRows& call);
+// Many rows of x: each block is unpacked once per some 240 rows. Bits as for multiply_few, but not the same bits, unless inputs
+// are rounded to int8: then they are.
+void multiply_many(const Linear& linear, const ManyRows& call, const ProductsTo& to);
+
+// Some rows of xW + b, in the cache of the thread that has just made them: sums [tokens, columns] on a 64-byte boundary, zeros
+// behind the last column, the receiver's to overwrite.
+struct Products {
+    std::int64_t token, tokens, column, columns;
+    float* sums;
+};
+using ProductsFunction = void (*)(const void* body, const Products& products);
+void pass_products(const Linear& linear, const ManyRows& call, int blocks, ProductsFunction function, const void* body);
+
+// body(products) for all of xW + b, `blocks` neighbouring blocks of 32 columns at a time, from all threads.
+template <class Body>
+void multiply_into(const Linear& linear, const ManyRows& call, int blocks, const Body& body) {
+    pass_products(
+        linear, call, blocks, [](const void* self, const Products& products) { (*static_cast<const Body*>(self))(products); },
+        &body);
+}
 
 }  // namespace rsvlm

@@ -28,6 +28,15 @@ void for_each_part(std::int64_t count, int threads, std::size_t scratch_floats, 
         [](const void* self, std::int64_t part, float* scratch) { (*static_cast<const Body*>(self))(part, scratch); }, &body);
 }
 
+// Of the calling thread among those of the innermost region, 0 outside of one.
+inline int thread_index() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
 // body(thread, threads) once on every thread, which may meet at barrier(). There may come fewer threads than asked for, and the
 // body must not throw: the others would wait for ever.
 template <class Body>

@@ -9,6 +9,8 @@
 
 #include "rsvlm/element.h"
 #include "rsvlm/linear.h"
+#include "rsvlm/scratch.h"
+#include "rsvlm/varlen_tile_attention.h"
 #include "rsvlm/weight_table.h"
 
 namespace rsvlm {
@@ -50,10 +52,16 @@ class SceneModel {
 
     const SceneShape& shape() const { return shape_; }
 
-    // patches [S, patch_values] and positions [S, hidden] of T tiles with `bounds` [T + 1] -> three taps [S, hidden] and, with
-    // a class token, three [T, hidden].
-    void encode(const float* patches, const float* positions, const std::vector<std::int64_t>& bounds,
-                const std::array<float*, 3>& taps, const std::array<float*, 3>& class_tokens);
+    // Tiles on their way in and out.
+    struct Tiles {
+        const float* patches;                        // [S, patch_values]
+        const std::vector<const float*>& positions;  // of each tile [its patches, hidden]
+        const std::vector<std::int64_t>& bounds;     // [T + 1]
+        std::array<float*, 3> taps;                  // [S, hidden]
+        std::array<float*, 3> class_tokens;          // [T, hidden], where the model has them
+    };
+    // Several tiles are shared out: each thread takes some hundred rows through all blocks, where its caches hold them.
+    void encode(const Tiles& tiles);
 
     // Salient patches per tile of a scene with these bounds: its shortest tile may have fewer.
     std::int64_t salient_count(const std::vector<std::int64_t>& bounds) const;
@@ -96,16 +104,40 @@ class SceneModel {
         float gate;
     };
 
+    // What rows need on their way. All threads share the first one, or each takes tiles into its own.
+    struct Workspace {
+        int threads = 1;
+        Buffer x, inputs, hidden, narrow, attended;
+    };
+    // Rows of the operand of a product, in the workspace until the next of the same kind.
+    struct InputRows {
+        const void* rows;
+        std::int64_t count;
+    };
+
     Norm norm(const WeightTable& weights, const std::string& name) const;
+    Workspace& shared_workspace();
+    // make(row, buffer of a row's floats) gives the floats.
     template <class Make>
-    void write_rows(const Linear& linear, std::int64_t count, const Make& make);
-    void norm_rows(const Linear& linear, const float* x, std::int64_t count, const Norm& norm, float eps);
-    void convert_rows(const Linear& linear, const float* x, std::int64_t count);
-    void multiply(const Linear& linear, std::int64_t count, float* out, bool add = false, const float* scale = nullptr);
-    void attend(const Linear& linear, std::int64_t rows, std::int64_t heads, const float* q, std::int64_t q_stride,
-                const float* kv, std::int64_t kv_stride, std::int64_t keys, const std::vector<std::int64_t>& bounds,
-                const std::vector<std::int64_t>& key_bounds);
-    void activate(const Linear& linear, std::int64_t count, Activation activation);
+    static InputRows write_rows(Workspace& work, const Linear& linear, std::int64_t count, const Make& make);
+    static InputRows norm_rows(Workspace& work, const Linear& linear, const float* x, std::int64_t count, const Norm& norm,
+                               float eps);
+    static InputRows convert_rows(Workspace& work, const Linear& linear, const float* x, std::int64_t count);
+    static void multiply(const Workspace& work, const Linear& linear, const InputRows& x, const ProductsTo& to);
+    // The products' rows through the activation, for `next`.
+    static InputRows activate(Workspace& work, const Linear& linear, const InputRows& x, Activation activation,
+                              const Linear& next);
+    // Products as attention takes them: `element_`.
+    void multiply_narrow(const Workspace& work, const Linear& linear, const InputRows& x, void* out) const;
+    // Heads side by side, for `next`. A row of each operand has its heads from `at` elements on.
+    struct HeadsAt {
+        const void* rows;
+        std::int64_t row_stride, at;
+    };
+    InputRows attend(Workspace& work, const Linear& next, std::int64_t rows, std::int64_t heads,
+                     const std::array<HeadsAt, 3>& qkv, const std::vector<std::int64_t>& bounds,
+                     const std::vector<std::int64_t>& key_bounds) const;
+    void encode_some(Workspace& work, const Tiles& tiles, const std::vector<std::int64_t>& chosen) const;
     void run_head(const Head& head, std::int64_t count, const float* x, float* out);
     void augment(const Level& level, const float* features, std::int64_t patches, const Rows& cues, const Rows& query,
                  float* out);
@@ -126,8 +158,8 @@ class SceneModel {
 
     std::mutex busy_;
     Element element_;  // of attention and experts
-    std::vector<float> x_, wide_, context_, augmented_;
-    std::vector<char> rows_, queries_, attended_;
+    std::vector<Workspace> workspaces_;
+    Buffer context_, augmented_;
 };
 
 }  // namespace rsvlm

@@ -24,6 +24,7 @@ struct TileAttention {
     std::int64_t head_dim;
     Element element;
     float scale;
+    int threads = 0;  // at most; 0 = as many as the work deserves
 };
 
 // bounds and key_bounds: T + 1 exclusive prefix sums each. Every row of `out` inside the bounds is written.

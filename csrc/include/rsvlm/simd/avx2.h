@@ -85,7 +85,7 @@ using Ints = __m256i;
 inline Ints load_ints(const float* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 inline void store_ints(float* to, Ints value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value); }
 inline Ints set1_int(std::int32_t value) { return _mm256_set1_epi32(value); }
-inline Vec to_float(Ints value) { return _mm256_cvtepi32_ps(value); }
+inline Vec as_float(Ints value) { return _mm256_castsi256_ps(value); }
 inline Ints low_halves(Words words) { return _mm256_and_si256(words, _mm256_set1_epi32(0x0f0f0f0f)); }
 inline Ints high_halves(Words words) { return low_halves(_mm256_srli_epi32(words, 4)); }
 // The largest magnitude of 32 values, at least infinity or NaN when one is no finite number: their bits rise with them.

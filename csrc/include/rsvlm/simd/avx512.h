@@ -83,7 +83,7 @@ using Ints = __m512i;
 inline Ints load_ints(const float* from) { return _mm512_loadu_si512(from); }
 inline void store_ints(float* to, Ints value) { _mm512_storeu_si512(to, value); }
 inline Ints set1_int(std::int32_t value) { return _mm512_set1_epi32(value); }
-inline Vec to_float(Ints value) { return _mm512_cvtepi32_ps(value); }
+inline Vec as_float(Ints value) { return _mm512_castsi512_ps(value); }
 inline Ints low_halves(Words words) { return _mm512_and_si512(words, _mm512_set1_epi32(0x0f0f0f0f)); }
 inline Ints high_halves(Words words) { return low_halves(_mm512_srli_epi32(words, 4)); }
 // The largest magnitude of 32 values, at least infinity or NaN when one is no finite number: their bits rise with them.
@@ -106,6 +106,58 @@ inline void split_octets(std::int8_t* codes) {
     _mm256_storeu_si256(place, _mm256_shuffle_epi8(_mm256_loadu_si256(place), order));
 }
 #ifdef RSVLM_DOT_BF16
+// Each pair of neighbouring 128-bit lanes becomes its maximum: those of a, then those of b.
+inline __m512i fold_lanes(__m512i a, __m512i b) {
+    return _mm512_max_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+// The same of 1..16 groups, one after another in x, in a lane each; the other lanes are undefined. Maxima go up a tree that
+// halves the vectors at each step, where one group alone would fold its own vector five times.
+inline Vec largest_of_groups(const float* x, std::int64_t count) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i fours[4];
+    for (std::int64_t i = 0; i < 4; ++i) {
+        __m512i most[4];
+        for (std::int64_t j = 0; j < 4; ++j) {
+            const float* group = x + (i * 4 + j < count ? i * 4 + j : count - 1) * 32;
+            most[j] = _mm512_max_epi32(_mm512_and_si512(load_ints(group), magnitude),
+                                       _mm512_and_si512(load_ints(group + 16), magnitude));
+        }
+        const __m512i low = _mm512_max_epi32(_mm512_unpacklo_epi32(most[0], most[1]), _mm512_unpackhi_epi32(most[0], most[1]));
+        const __m512i high = _mm512_max_epi32(_mm512_unpacklo_epi32(most[2], most[3]), _mm512_unpackhi_epi32(most[2], most[3]));
+        fours[i] = _mm512_max_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+    }
+    return _mm512_castsi512_ps(fold_lanes(fold_lanes(fours[0], fours[1]), fold_lanes(fours[2], fours[3])));
+}
+// Values -127..127 rounded to codes, in order or with even columns of each octet first. Gives the codes' sums over four
+// neighbours in eight lanes.
+inline __m256i write_group(const float* x, float factor, bool octets, std::int8_t* codes) {
+    const __m512i low = _mm512_cvtps_epi32(mul(load(x), set1(factor))),
+                  high = _mm512_cvtps_epi32(mul(load(x + 16), set1(factor)));
+    const __m512i in_order = _mm512_setr_epi32(0x0c080400, 0x1c181410, 0x2c282420, 0x3c383430, 0x4c484440, 0x5c585450,
+                                               0x6c686460, 0x7c787470, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i even_first = _mm512_setr_epi32(0x18100800, 0x1c140c04, 0x38302820, 0x3c342c24, 0x58504840, 0x5c544c44,
+                                                 0x78706860, 0x7c746c64, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i bytes = _mm512_castsi512_si256(_mm512_permutex2var_epi8(low, octets ? even_first : in_order, high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), bytes);
+    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), bytes);
+}
+// Sums of the eight lanes of each of sixteen groups; that of group g comes to lie at place_of_sum(g).
+inline Ints sums_of_groups(const __m256i (&parts)[16]) {
+    __m512i eights[2];
+    for (int i = 0; i < 2; ++i) {
+        __m512i pairs[4];
+        for (int j = 0; j < 4; ++j) {
+            pairs[j] = _mm512_inserti64x4(_mm512_castsi256_si512(parts[i * 8 + j * 2]), parts[i * 8 + j * 2 + 1], 1);
+        }
+        const __m512i low =
+            _mm512_add_epi32(_mm512_unpacklo_epi32(pairs[0], pairs[1]), _mm512_unpackhi_epi32(pairs[0], pairs[1]));
+        const __m512i high =
+            _mm512_add_epi32(_mm512_unpacklo_epi32(pairs[2], pairs[3]), _mm512_unpackhi_epi32(pairs[2], pairs[3]));
+        eights[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+    }
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(eights[0], eights[1], 0x88), _mm512_shuffle_i32x4(eights[0], eights[1], 0xdd));
+}
+inline int place_of_sum(int group) { return group / 8 * 8 + group % 2 * 4 + group % 8 / 2; }
 // Rows `lane`..`lane` + 15 of four columns of 32 codes, each code plus 128.
 inline Ints quads_of_columns(const char* columns, std::int64_t lane) {
     const __m512i places =

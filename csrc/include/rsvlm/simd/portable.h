@@ -102,7 +102,7 @@ inline Ints load_ints(const float* from) {
 }
 inline void store_ints(float* to, Ints value) { std::memcpy(to, &value, sizeof(value)); }
 inline Ints set1_int(std::int32_t value) { return Ints{value, value, value, value}; }
-inline Vec to_float(Ints value) { return __builtin_convertvector(value, Vec); }
+inline Vec as_float(Ints value) { return reinterpret_cast<Vec>(value); }
 inline Ints low_halves(Words words) { return words & 0x0f0f0f0f; }
 inline Ints high_halves(Words words) { return (words >> 4) & 0x0f0f0f0f; }
 // The largest magnitude of 32 values, at least infinity or NaN when one is no finite number: their bits rise with them.
