@@ -29,7 +29,10 @@ def export(
     precision: Annotated[str, typer.Option("--precision", help=f"One of {', '.join(PRECISIONS)}.")] = "fp32",
     calibrate: Annotated[
         Path | None,
-        typer.Option("--calibrate", help="An image or a folder of images of the kind to be seen, for int4, and int8 of onnx."),
+        typer.Option(
+            "--calibrate",
+            help="An image or a folder of images of the kind to be seen, for int4 and int8 (native: optional).",
+        ),
     ] = None,
     calibration_images: Annotated[int, typer.Option("--calibration-images", min=1, help="How many of them to use.")] = 64,
     chip: Annotated[
