@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.cli.running import run
 from tests.export.packages import SPEAKING, random_knowledge, random_model, save_checkpoint, torch, write_tokenizer
 from tests.native import needs_native
 
@@ -158,7 +159,7 @@ def test_embedded_texts_of_the_package_turn_less(
 
 
 @needs_native
-def test_int8_is_fitted_when_it_is_given_images(checkpoint: Path, tmp_path: Path) -> None:
+def test_int8_is_fitted_when_it_is_given_images(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = _rsicd(tmp_path / "rsicd", 400)
     for image in images:
         image.touch()  # sentences are enough, nothing is opened
@@ -170,3 +171,11 @@ def test_int8_is_fitted_when_it_is_given_images(checkpoint: Path, tmp_path: Path
     assert fitted.manifest["calibration"]["text_projection"]["fitted"]
     differ = {name for name in plain.weights if not np.array_equal(plain.weights[name][3], fitted.weights[name][3])}
     assert differ == {"alignment.text_proj", "alignment.text_proj.bias"}
+    assert "text projection" not in run(capsys, "info", str(plain.path))[1]
+    values = fitted.manifest["calibration"]["text_projection"]
+    line = f"fitted to {values['texts']} texts: held-out ones turn by {values['turn']['after']:g} (1 - cosine)"
+    assert line in run(capsys, "info", str(fitted.path))[1]
+    manifest = json.loads((fitted.path / "manifest.json").read_text())
+    manifest["calibration"]["text_projection"]["fitted"] = False
+    (fitted.path / "manifest.json").write_text(json.dumps(manifest))
+    assert "text projection of the checkpoint: fitting it did not help" in run(capsys, "info", str(fitted.path))[1]
