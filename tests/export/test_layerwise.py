@@ -246,9 +246,9 @@ def test_export_calibrates_and_writes_down_what_it_chose(tmp_path: Path, images:
     measures = package.manifest["calibration"]["measures"]
     assert {name: measure["limit"] for name, measure in measures.items()} == {"divergence": 0, "turn": 0}
     assert all(0 < measure["value"] < 0.1 for measure in measures.values())
-    assert package.manifest["calibration"]["held_out"] == 3  # one of 6 prompts, two of 6 captions and 4 words
+    assert package.manifest["calibration"]["held_out"] == 4  # one of 6 prompts, three of 6 captions, 4 words and 4 labels
     projection = package.manifest["calibration"]["text_projection"]
-    assert (projection["texts"], projection["held_out"]) == (8, 2)
+    assert (projection["texts"], projection["held_out"]) == (11, 3)
     assert projection["fitted"] is (projection["turn"]["after"] < projection["turn"]["before"])
     for name, layer in layers.items():
         assert package.weights[name][0] == layer["kept"]
