@@ -5,24 +5,28 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rsvlm_infer.contract import PRECISIONS
 from rsvlm_infer.errors import InputError
-from rsvlm_infer.models.load import load_checkpoint
+from rsvlm_infer.models.load import LoadedCheckpoint, load_checkpoint
 
 from .calibrate import caption_images, find_images, watch
-from .calibration_texts import calibration_texts
+from .calibration_texts import calibrate as calibrate_language
+from .calibration_texts import calibration_sentences
 from .layerwise import calibration_summary, layer_entries, round_language
 from .linears import model_weights
 from .native import LanguagePlan, export_native
 from .onnx.parts import Precision
 from .package import Plan, refuse_existing, write_package
 from .quantize import quantize, wants_hessian
+from .refit import refit_projection
+from .text_projection import TextProjection
 
 FORMATS = ("onnx", "native", "tensorrt")
 # How far a 4-bit language model may be from the exact one: nats a token of held-out answers, 1 - cosine of held-out embedded texts.
 # Why these: docs/packages.md
-LIMITS = {"divergence": 0.01, "turn": 0.003}
+LIMITS = {"divergence": 0.01, "turn": 0.008}
 # at 64 visual tokens, prompt and caption some 7,000 rows: compensation needs several for each of a layer's inputs
 CALIBRATION_IMAGES = 64
 STORED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -48,8 +52,8 @@ def export_checkpoint(
         checkpoint: a folder of any supported layout. target: the package's folder.
         format: "onnx", "native" for the C++ runtime (no fp16), or "tensorrt" (fp16, bf16, fp32). precision: one of `PRECISIONS`.
         report: takes one line per step.
-        calibrate: for int4, and int8 of onnx: an image, a folder of images, or RSICD's folder, of which the train split is taken; at
-            most `calibration_images` of them are captioned.
+        calibrate: for int4, int8 of onnx, and, as one likes, int8 of native: an image, a folder of images, or RSICD's folder, of which
+            the train split is taken; at most `calibration_images` of them are captioned.
         chips, context, plugins: for tensorrt, see `tensorrt.export.export_tensorrt`.
 
     Returns:
@@ -105,29 +109,47 @@ def _native(
     limit: int,
     report: Callable[[str], None],
 ) -> Path:
-    if precision != "int4":
-        if calibrate is not None:
-            raise InputError(
-                f"--calibrate must be left out for --format native --precision {precision}, which rounds without images; leave it out"
-            )
+    if precision in STORED and calibrate is not None:
+        raise InputError(
+            f"--calibrate must be left out for --format native --precision {precision}, which rounds without images; leave it out"
+        )
+    if precision in STORED or (precision == "int8" and calibrate is None):
         report(f"laying out weights at {precision}")
         return export_native(checkpoint, target, precision, overwrite=overwrite)
     images = _calibration_images(precision, calibrate, limit)
     refuse_existing(target, overwrite)  # before minutes of calibration
     loaded = load_checkpoint(checkpoint)
-    language = loaded.model.language_model
-    if language is None or loaded.config.text_encoder is not None:
+    if loaded.model.language_model is None or loaded.config.text_encoder is not None:
         return export_native(loaded, target, precision, overwrite=overwrite)  # it has nothing to round, or is refused there
+    plan, notes = None, dict[str, Any]()
+    if precision == "int4":
+        plan, notes, fitted, held_out = _rounded(loaded, images, report)
+    else:
+        fitted, held_out = calibration_sentences(loaded, images, lambda done: report(f"{done} of {len(images)} images"))
+    if loaded.config.alignment is None:
+        report("no text is embedded, so no projection is fitted")
+        return export_native(loaded, target, precision, overwrite=overwrite, plan=plan, notes=notes)
+    report(f"fitting the text projection to {len(fitted)} sentences")
+    parameters, projection = refit_projection(loaded, precision, plan, fitted, held_out)
+    report(f"embedded texts turn by {projection['turn']['after']:.4g} instead of {projection['turn']['before']:.4g}")
+    notes["calibration"] = {**notes.get("calibration", {}), "text_projection": projection}
+    return export_native(loaded, target, precision, overwrite=overwrite, plan=plan, fitted=parameters, notes=notes)
+
+
+def _rounded(
+    loaded: LoadedCheckpoint, images: list[Path], report: Callable[[str], None]
+) -> tuple[LanguagePlan, dict[str, Any], list[str], list[str]]:
+    """The int4 plan, what the manifest says of it, and the sentences to fit and to hold out."""
+    assert loaded.model.language_model is not None
     report(f"captioning {len(images)} images to see what goes through each layer")
-    texts = calibration_texts(loaded, images, lambda done: report(f"{done} of {len(images)} images"))
-    alignment = loaded.model.alignment
-    found = round_language(language, texts, LIMITS, report, embed=None if alignment is None else alignment.embed_text)
-    layers = layer_entries(found)
+    found = calibrate_language(loaded, images, lambda done: report(f"{done} of {len(images)} images"))
+    projection = None if loaded.model.alignment is None else TextProjection.of(loaded.model.alignment)
+    language = round_language(loaded.model.language_model, found.texts, LIMITS, report, projection=projection)
+    layers = layer_entries(language)
     finer = [layer["name"] for layer in layers if layer["kept"] != layer["asked"]]
     report(f"{len(finer)} of {len(layers)} matrices kept finer than asked: {', '.join(finer) or 'none'}")
-    notes = {"layers": layers, "calibration": calibration_summary(texts, found)}
-    plan = LanguagePlan(found.kinds, found.packed, notes)
-    return export_native(loaded, target, precision, overwrite=overwrite, plan=plan)
+    notes = {"layers": layers, "calibration": dict(calibration_summary(found.texts, language))}
+    return LanguagePlan(language.kinds, language.packed), notes, found.fitted, found.held_out
 
 
 def _calibration_images(precision: str, path: str | Path | None, limit: int) -> list[Path]:

@@ -22,6 +22,7 @@ from rsvlm_infer.ops.weight_matmul import GROUP, PackedWeight, dequantise, pack_
 
 from .onnx.parts import BlockCodes
 from .rounding import DAMPING, round_blocks
+from .text_projection import TextProjection
 
 ATTENTION = ("attention.q", "attention.k", "attention.v")
 OUTPUT = ("attention.o",)
@@ -33,7 +34,6 @@ EMBEDDINGS, HEAD = "language_model.embed_tokens", "language_model.lm_head"
 HELD_OUT = 4  # every fourth image's texts fit nothing and measure everything
 TEXTS_AT_ONCE = 8  # a backward pass keeps 2 MB a token of the default model
 Step = tuple[str, ...]
-Embed = Callable[[Tensor], Tensor]  # states [B, D] after texts' last tokens -> [B, De], unit length
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class RoundedLanguage:
         packed: codes by parameter name without `.weight`.
         finer: the int8 codes of what int4 ones were fitted to, of the int4 ones.
         measures: "divergence", the mean over held-out answers' tokens of KL(exact, twin) in nats, and, of a model that embeds texts,
-            "turn", the mean over held-out embedded texts of 1 - cosine(exact, twin).
+            "turn", the mean over held-out embedded texts of 1 - cosine(exact, twin), the twin's projection fitted to the others.
         damages: by measure what each matrix answers for, when all were int4.
     """
 
@@ -92,6 +92,9 @@ class RoundedLanguage:
     finer: dict[str, PackedWeight] = field(default_factory=dict)
     measures: dict[str, Measure] = field(default_factory=dict)
     damages: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    embedded: tuple[Tensor, Tensor] | None = (
+        None  # exact and own states [n, D] of the texts that are embedded and may be fitted
+    )
 
 
 def round_language(
@@ -100,7 +103,7 @@ def round_language(
     limits: Mapping[str, float],
     report: Callable[[str], None] = lambda line: None,
     *,
-    embed: Embed | None = None,
+    projection: TextProjection | None = None,
 ) -> RoundedLanguage:
     """Rounds every layer to int4, and again with int8 for the matrices that do most damage, until all measures are within `limits`.
 
@@ -108,9 +111,9 @@ def round_language(
     greedy choice could show. Layers are rounded anew in each round, because later ones make up for what earlier ones do.
 
     Args:
-        texts: with held-out answers among them, and held-out texts without one where there is `embed`.
-        limits: by the names of `RoundedLanguage.measures`; "turn" is only asked for with `embed`.
-        embed: the model's text embeddings from the states of last tokens.
+        texts: with held-out answers among them, and texts without one, some held out, where there is a projection.
+        limits: by the names of `RoundedLanguage.measures`; "turn" is only asked for with a projection.
+        projection: the model's, from the states of last tokens to embeddings.
     """
     tables = (EMBEDDINGS,) if model.lm_head is None else (EMBEDDINGS, HEAD)
     kinds = dict.fromkeys(tables, "bf16" if model.config.hidden_size % GROUP else "int8")
@@ -120,7 +123,7 @@ def round_language(
     at_least = 1
     while True:
         found = _walk(model, texts, kinds, report)
-        found.measures = _measure(found, model, texts, limits, embed)
+        found.measures = _measure(found, model, texts, limits, projection)
         damages = damages or {name: measure.damages for name, measure in found.measures.items()}
         found.damages = damages
         report(
@@ -164,7 +167,16 @@ def _walk(
             assert isinstance(own, DecoderLayer)
             _round_layer(layer, own, batches, found, _layer_name(index))
             report(f"rounded layer {index + 1} of {len(model.layers)}, {_distance(batches):.2%} from the exact states")
+        found.embedded = _embedded(model, twin, batches)
     return found
+
+
+def _embedded(model: LanguageModel, twin: LanguageModel, batches: list[_Batch]) -> tuple[Tensor, Tensor] | None:
+    """States after the last tokens of what may be fitted and is embedded, when texts have walked through all layers."""
+    chosen = [batch for batch in batches if not batch.held_out]
+    exact = [model.norm(_last(batch.exact, batch))[~batch.asked.any(dim=1)] for batch in chosen]
+    own = [twin.norm(_last(batch.rounded, batch))[~batch.asked.any(dim=1)] for batch in chosen]
+    return (torch.cat(exact), torch.cat(own)) if sum(map(len, exact)) else None
 
 
 def _layer_name(index: int) -> str:
@@ -315,7 +327,7 @@ def _measure(
     model: LanguageModel,
     texts: Sequence[CalibrationText],
     limits: Mapping[str, float],
-    embed: Embed | None,
+    projection: TextProjection | None,
 ) -> dict[str, Measure]:
     """All measures of a twin, over the held-out texts."""
     held = [text for text in texts if text.held_out]
@@ -328,13 +340,14 @@ def _measure(
         return (exact.exp() * (exact - _log_probabilities(found.twin, batch))).sum() / count
 
     measures = {"divergence": _graded(found, answers, divergence, limits["divergence"])}
-    if embed is not None:
+    if projection is not None:
         embedded = [text for text in held if text.answer == len(text.embeddings)]
+        own = projection if found.embedded is None else projection.refitted(*found.embedded)
 
         def turn(batch: _Batch) -> Tensor:
             with torch.no_grad():
-                exact = embed(_last_states(model, batch))
-            return (1 - (exact * embed(_last_states(found.twin, batch))).sum(dim=1)).sum() / max(len(embedded), 1)
+                exact = projection.embed(_last_states(model, batch))
+            return (1 - (exact * own.embed(_last_states(found.twin, batch))).sum(dim=1)).sum() / max(len(embedded), 1)
 
         measures["turn"] = _graded(found, embedded, turn, limits["turn"])
     return measures
@@ -372,7 +385,11 @@ def _graded(
 
 def _last_states(model: LanguageModel, batch: _Batch) -> Tensor:
     """[B, D] after each text's last token."""
-    states: Tensor = model(batch.exact, _positions(batch.exact))
+    return _last(model(batch.exact, _positions(batch.exact)), batch)
+
+
+def _last(states: Tensor, batch: _Batch) -> Tensor:
+    """[B, N, D] -> [B, D]."""
     return states[torch.arange(len(states)), batch.real.sum(dim=1) - 1]
 
 

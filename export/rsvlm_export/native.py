@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rsvlm_infer.backends.native import NativeBackend
 from rsvlm_infer.config import RsvlmConfig
 from rsvlm_infer.contract import KIND_PRECISIONS, NATIVE_WEIGHTS
 from rsvlm_infer.errors import BackendError, CheckpointError
 from rsvlm_infer.hardware import native_why_not
+from rsvlm_infer.knowledge.store import KnowledgeBase
 from rsvlm_infer.models.load import LoadedCheckpoint, load_checkpoint
-from rsvlm_infer.models.native_package import write_weights
+from rsvlm_infer.models.native_package import NativePackage, write_weights
 from rsvlm_infer.ops.weight_matmul import PackedWeight, pack_weight
 
 from .layerwise import packed_int4
@@ -36,14 +38,10 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class LanguagePlan:
-    """How the language model's matrices are kept: `kinds` by matrix name, fitted codes by parameter name (without `.weight`).
-
-    `notes` is what the manifest says about it.
-    """
+    """How the language model's matrices are kept: `kinds` by matrix name, fitted codes by parameter name (without `.weight`)."""
 
     kinds: Mapping[str, str]
     packed: Mapping[str, PackedWeight]
-    notes: Mapping[str, Any]
 
 
 def export_native(
@@ -53,6 +51,8 @@ def export_native(
     *,
     overwrite: bool = False,
     plan: LanguagePlan | None = None,
+    fitted: State | None = None,
+    notes: Mapping[str, Any] | None = None,
     int8_inputs: Sequence[str] = INT8_INPUTS,
 ) -> Path:
     """Writes a checkpoint as a native package, at once or not at all.
@@ -64,6 +64,8 @@ def export_native(
             matrices are float32 in an fp32 package and bf16 otherwise, but for those of `int8_inputs`.
         plan: what calibration found for int4. Without one every weight takes its nearest code, and the word table and the `down`
             matrices are int8.
+        fitted: parameters that take the place of the checkpoint's, by their names there.
+        notes: what the manifest says about plan and fit.
         int8_inputs: of int8 and int4 packages: matrices whose names begin with one of these are multiplied in integers, their inputs
             rounded to int8. Matrices outside of the language model are int8 then. The manifest keeps the list, and a part that is
             taken from it there is multiplied in floats.
@@ -88,11 +90,25 @@ def export_native(
 
     def fill(new: Path) -> dict[str, Any]:
         inputs = tuple(int8_inputs) if precision in ("int8", "int4") else ()
-        weights = lay_out(loaded.config, loaded.model.state_dict(), precision, plan, inputs)
-        write_weights(new / NATIVE_WEIGHTS, weights)
-        return {"int8_inputs": list(inputs), **({} if plan is None else plan.notes)}
+        state = loaded.model.state_dict() | (fitted or {})
+        write_weights(new / NATIVE_WEIGHTS, lay_out(loaded.config, state, precision, plan, inputs))
+        return {"int8_inputs": list(inputs), **(notes or {})}
 
     return write_folder(loaded, folder, "native", precision, fill, overwrite=overwrite)
+
+
+def in_memory(
+    loaded: LoadedCheckpoint, precision: str, plan: LanguagePlan | None = None, int8_inputs: Sequence[str] = ()
+) -> NativeBackend:
+    """A checkpoint in the native backend as its package would run, without a file."""
+    laid = lay_out(loaded.config, loaded.model.state_dict(), precision, plan, int8_inputs)
+    weights = {
+        name: (kind, rows, columns, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+        for name, (kind, rows, columns, values) in laid.items()
+    }
+    manifest = {"kind": "native", "precision": precision, "int8_inputs": list(int8_inputs)}
+    knowledge = None if loaded.knowledge_folder is None else KnowledgeBase.load(loaded.knowledge_folder)
+    return NativeBackend(NativePackage(loaded.folder, manifest, loaded.config, weights), knowledge)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import dataclasses
 import datetime as dt
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from typing import Any
 from rsvlm_infer import __version__, hardware
 from rsvlm_infer.backends import load_backend
 from rsvlm_infer.backends.eager import EagerBackend
-from rsvlm_infer.bench.images import ImageSet, Sample, choose_images
+from rsvlm_infer.bench.images import choose_images
 from rsvlm_infer.bench.output import write_atomically
-from rsvlm_infer.bench.quality import caption_quality, class_quality, classify_samples, retrieval_quality
 from rsvlm_infer.contract import CERTIFICATE, MANIFEST
 from rsvlm_infer.errors import InputError
 from rsvlm_infer.knowledge.store import KnowledgeBase
@@ -31,6 +30,7 @@ from rsvlm_infer.pipeline import RSVLM
 from rsvlm_infer.text.tokenizer import Tokenizer
 
 from .compare import GraphError, compare_graphs, json_number
+from .measured import Measured, measure, read_measured, write_measured
 from .package import model_digest
 
 FORMAT, VERSION = "rsvlm-certificate", 1
@@ -39,7 +39,6 @@ HALF_COSINE = 0.999
 INTEGER_POINTS = 0.5
 METRICS = {"cider": "CIDEr", "class_accuracy": "theme accuracy", "mean_recall": "mean recall"}  # fractions; a point is 0.01
 GRAPH_IMAGES = 4  # real images whose graphs are compared; the metrics use the whole sample
-NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -75,22 +74,24 @@ class Verdict:
         return not self.failures
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a model says about the sample: metrics by name, and each image's greedy tokens."""
-
-    metrics: dict[str, float]
-    tokens: dict[str, list[int]]
-
-
 class Reference:
     """The eager float32 model and a sample. What it says is measured once, for all packages of its checkpoint."""
 
-    def __init__(self, checkpoint: str | Path, data: Path, *, split: str = "test", limit: int = 200, seed: int = 0) -> None:
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        data: Path,
+        *,
+        split: str = "test",
+        limit: int = 200,
+        seed: int = 0,
+        kept: Path | None = None,
+    ) -> None:
         """
         Args:
             data: RSICD's folder, a folder of class folders, or plain images; what it is labelled with is measured.
             limit, seed: a seeded sample of so many images.
+            kept: a file for what the checkpoint says. It is written after measuring, and read instead of measuring when it is there.
 
         Raises:
             CheckpointError: a bad checkpoint. InputError: data without images.
@@ -107,6 +108,7 @@ class Reference:
         self._loaded = load_checkpoint(checkpoint)
         folder = self._loaded.knowledge_folder
         self.eager = EagerBackend(self._loaded.model, knowledge=None if folder is None else KnowledgeBase.load(folder))
+        self._kept = kept
         self.measured: Measured | None = None
 
     def require(self, package: Package) -> None:
@@ -122,10 +124,21 @@ class Reference:
             )
 
     def measure(self, step: Callable[[str], None]) -> Measured:
-        """Metrics and tokens of the checkpoint; the first call takes minutes, later ones nothing."""
+        """Metrics and tokens of the checkpoint; the first call takes minutes, later ones nothing.
+
+        Raises:
+            InputError: the kept file is of another checkpoint or sample.
+        """
         if self.measured is None:
+            identity = {"model_sha256": model_digest(self._loaded.files), "sample": self.sample}
+            self.measured = None if self._kept is None else read_measured(self._kept, identity)
+            if self.measured is not None:
+                step(f"what the checkpoint says is read from {self._kept}")
+                return self.measured
             rsvlm = RSVLM(self.eager, Tokenizer.from_folder(self._loaded.folder))
-            self.measured = _measure(rsvlm, self.images, step, "checkpoint")
+            self.measured = measure(rsvlm, self.images, step, "checkpoint")
+            if self._kept is not None:
+                write_measured(self._kept, identity, self.measured)
         return self.measured
 
 
@@ -159,7 +172,7 @@ def verify_package(package: str | Path, reference: Reference, *, step: Callable[
     paths = [sample.path for sample in reference.images.samples]
     comparison = compare_graphs(opened, reference.eager, backend, paths[:GRAPH_IMAGES], step)  # type: ignore[arg-type]
     expected = reference.measure(step)
-    own = _measure(RSVLM(backend, Tokenizer.from_folder(opened.path)), reference.images, step, "package")
+    own = measure(RSVLM(backend, Tokenizer.from_folder(opened.path)), reference.images, step, "package")
     metrics = {name: (expected.metrics[name], own.metrics[name]) for name in METRICS if name in expected.metrics}
     greedy = _agreement(expected.tokens, own.tokens)
     verdict = Verdict(opened.precision, comparison.graphs, greedy, metrics, reference.sample)
@@ -239,29 +252,6 @@ def write_certificate(verdict: Verdict, package: str | Path, *, force: bool = Fa
     return file
 
 
-def _measure(model: RSVLM, images: ImageSet, step: Callable[[str], None], who: str) -> Measured:
-    """Captions, classes and recalls as the bench measures them, as far as model and labels allow."""
-    metrics: dict[str, float] = {}
-    tokens: dict[str, list[int]] = {}
-    samples = list(images.samples)
-    if model.config.language is not None:
-        step(f"captions of the {who}")
-        answers = model.caption_many([sample.path for sample in samples], max_new_tokens=NEW_TOKENS, strict=True)
-        texts = {}
-        for sample, answer in zip(samples, answers, strict=True):
-            texts[sample.name], tokens[sample.name] = answer.text, [int(token) for token in answer.token_ids]
-        if any(sample.captions for sample in samples):
-            metrics |= caption_quality(texts, samples)
-    if _labelled(samples) and (model.config.alignment is not None or model.config.language is not None):
-        step(f"classes of the {who}")
-        predicted = classify_samples(model, samples, images.labels, {}, lambda: None)
-        metrics |= class_quality(predicted, samples)
-    if model.config.alignment is not None:
-        step(f"recalls of the {who}")
-        metrics |= retrieval_quality(model, samples, {}, lambda: None)
-    return Measured(metrics, tokens)
-
-
 def _agreement(reference: dict[str, list[int]], own: dict[str, list[int]]) -> dict[str, Any]:
     """How often whole captions are the same, and how far they go together."""
     if not reference:
@@ -279,10 +269,6 @@ def _agreement(reference: dict[str, list[int]], own: dict[str, list[int]]) -> di
         "same_tokens": round(equal / len(reference), 4),
         "token_prefix": round(sum(shares) / len(shares), 4),
     }
-
-
-def _labelled(samples: Sequence[Sample]) -> bool:
-    return any(sample.label is not None for sample in samples)
 
 
 def report_lines(verdict: Verdict) -> list[str]:

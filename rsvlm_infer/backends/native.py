@@ -388,19 +388,23 @@ class NativeBackend:
             raise BackendError(
                 "this checkpoint has no alignment heads, so it cannot embed text; use one whose config has alignment"
             )
+        embedded: F32 = self._scene_model.embed_states(states=self.text_states(token_ids))
+        return embedded
+
+    def text_states(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> F32:
+        """The language model's states [B, Dl] after each text's last token, which the text projection reads."""
         if any(len(ids) == 0 for ids in token_ids):
             raise InputError("token_ids must hold at least one token per text, got an empty text; give every text a word")
         language = self._text_language()
         lengths = np.array([len(ids) for ids in token_ids], np.int64)
-        states = language.prefill(
+        states: F32 = language.prefill(
             cache=language.cache(rows=len(token_ids), capacity=int(lengths.max())),
             rows=np.arange(len(token_ids), dtype=np.int64),
             positions=np.zeros(len(token_ids), np.int64),
             lengths=lengths,
             embeddings=language.embed(token_ids=np.concatenate(token_ids).astype(np.int32)),
         )
-        embedded: F32 = self._scene_model.embed_states(states=states)
-        return embedded
+        return states
 
     def _language(self) -> Any:
         if self._decoder is None:

@@ -29,7 +29,10 @@ def export(
     precision: Annotated[str, typer.Option("--precision", help=f"One of {', '.join(PRECISIONS)}.")] = "fp32",
     calibrate: Annotated[
         Path | None,
-        typer.Option("--calibrate", help="An image or a folder of images of the kind to be seen, for int4, and int8 of onnx."),
+        typer.Option(
+            "--calibrate",
+            help="An image or a folder of images of the kind to be seen, for int4 and int8 (native: optional).",
+        ),
     ] = None,
     calibration_images: Annotated[int, typer.Option("--calibration-images", min=1, help="How many of them to use.")] = 64,
     chip: Annotated[
@@ -83,6 +86,14 @@ def verify(
         int, typer.Option("--limit", min=1, help="Images of the sample; few images cannot tell half a point.")
     ] = 200,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of the sample.")] = 0,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference",
+            metavar="FILE",
+            help="Keeps here what the checkpoint says of the sample; read when it is there, not measured.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write the certificate although a gate fails; it says so.")] = False,
     output_format: opt.OutputFormat = opt.Format.text,
 ) -> int:
@@ -95,10 +106,11 @@ def verify(
             raise InputError(f"{folder} is no exported package; write one with `rsvlm export`")
     proof = _load("verify")
     opened = [proof.open_package(folder) for folder in folders]
-    reference = proof.Reference(_checkpoint(against), data.expanduser(), split=split, limit=limit, seed=seed)
+    kept = None if reference is None else reference.expanduser()
+    exact = proof.Reference(_checkpoint(against), data.expanduser(), split=split, limit=limit, seed=seed, kept=kept)
     for package in opened:  # before minutes are spent
-        reference.require(package)
-    codes = [_verify(proof, folder, reference, force, output_format) for folder in folders]
+        exact.require(package)
+    codes = [_verify(proof, folder, exact, force, output_format) for folder in folders]
     return max(codes)
 
 

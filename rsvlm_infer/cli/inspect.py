@@ -121,6 +121,9 @@ def _package_report(package: Package) -> Report:
         lines += ["", "graphs", *(f"  {name}" for name in manifest["graphs"])]
     if finer:
         lines += ["", "layers kept finer", *(f"  {layer['name']:<24} {layer['kept']}" for layer in finer)]
+    projection = manifest.get("calibration", {}).get("text_projection")
+    if projection is not None:
+        lines += ["", f"text projection {_projection_line(projection)}"]
     lines += _parts_and_files(parts, files)
     damaged = package.damages()
     if damaged:
@@ -139,6 +142,14 @@ def _package_report(package: Package) -> Report:
     }
     problem = f"package {package.path} is damaged: {'; '.join(damaged)}; export it again with `rsvlm export`"
     return Report(values, "\n".join(lines), problem if damaged else None)
+
+
+def _projection_line(projection: dict[str, Any]) -> str:
+    """What became of the fit to rounded states, by the manifest."""
+    turn = projection["turn"]
+    if not projection["fitted"]:
+        return f"of the checkpoint: fitting it did not help {projection['held_out']} held-out texts ({turn['before']:g} of 1 - cosine)"
+    return f"fitted to {projection['texts']} texts: held-out ones turn by {turn['after']:g} (1 - cosine) instead of {turn['before']:g}"
 
 
 def _certificate_line(package: Package) -> str:

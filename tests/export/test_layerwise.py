@@ -17,6 +17,7 @@ from rsvlm_export.export import export_checkpoint
 from rsvlm_export.layerwise import CalibrationText, Measure, RoundedLanguage, _finer_kinds, parameters_of, round_language
 from rsvlm_export.native import LanguagePlan, lay_out
 from rsvlm_export.rounding import block_values, relative_error, round_blocks
+from rsvlm_export.text_projection import TextProjection
 from rsvlm_infer import RSVLM
 from rsvlm_infer.config import RsvlmConfig
 from rsvlm_infer.errors import InputError
@@ -112,10 +113,9 @@ def test_what_does_damage_becomes_int8_until_the_limit_holds() -> None:
     assert exact.measures["divergence"].value < 0.1 * coarse.measures["divergence"].value
 
 
-def _embed(states: torch.Tensor) -> torch.Tensor:
-    """A text projection, eight wide."""
-    matrix = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
-    return torch.nn.functional.normalize(states @ matrix.T, dim=-1)
+def _projection() -> TextProjection:
+    """Eight wide."""
+    return TextProjection(torch.randn(8, 64, generator=torch.Generator().manual_seed(3)), None)
 
 
 def _with_embedded(texts: list[CalibrationText]) -> list[CalibrationText]:
@@ -124,20 +124,21 @@ def _with_embedded(texts: list[CalibrationText]) -> list[CalibrationText]:
 
 
 def _turn(model: LanguageModel, twin: LanguageModel, texts: list[CalibrationText]) -> float:
-    """The mean 1 - cosine of held-out embedded texts, text by text."""
-    found = []
+    """The mean 1 - cosine of held-out embedded texts, text by text, when the twin's projection is fitted to the others."""
+    states: dict[bool, list[list[torch.Tensor]]] = {True: [], False: []}
     for text in texts:
-        if text.held_out and text.answer == len(text.embeddings):
+        if text.answer == len(text.embeddings):
             x = torch.from_numpy(text.embeddings)[None]
-            exact, own = (_embed(one(x, torch.arange(x.shape[1])[None])[:, -1])[0] for one in (model, twin))
-            found.append(1 - float(exact @ own))
-    return sum(found) / len(found)
+            states[text.held_out].append([one(x, torch.arange(x.shape[1])[None])[0, -1] for one in (model, twin)])
+    exact, own = (torch.stack(each) for each in zip(*states[False], strict=True))
+    fitted = _projection().refitted(exact, own)
+    return sum(1 - float(_projection().embed(a) @ fitted.embed(b)) for a, b in states[True]) / len(states[True])
 
 
 def test_embedded_texts_have_a_limit_of_their_own() -> None:
     """Answers are well within theirs, so only the turn of embedded texts can raise matrices."""
     model, texts = _language(), _with_embedded(_texts())
-    coarse = round_language(model, texts, LOOSE, embed=_embed)
+    coarse = round_language(model, texts, LOOSE, projection=_projection())
     turn = coarse.measures["turn"]
     assert turn.value == pytest.approx(_turn(model, coarse.twin, texts), rel=1e-3)
     assert (
@@ -149,7 +150,7 @@ def test_embedded_texts_have_a_limit_of_their_own() -> None:
         turn.value, rel=0.5
     )  # near its minimum: halves of gradients add up to it
     sizes = {name: sum(_numel(model, part) for part in parameters_of(name)) for name in turn.damages}
-    finer = round_language(model, texts, LOOSE | {"turn": turn.value * 0.6}, embed=_embed)
+    finer = round_language(model, texts, LOOSE | {"turn": turn.value * 0.6}, projection=_projection())
     assert finer.measures["turn"].value <= turn.value * 0.6
     assert finer.measures["turn"].value == pytest.approx(_turn(model, finer.twin, texts), rel=1e-3)
     raised = {name for name, kind in finer.kinds.items() if kind == "int8"} - {"language_model.embed_tokens"}
@@ -186,7 +187,7 @@ def test_fitted_codes_reach_the_package() -> None:
     found = round_language(_language(), _texts(8), LOOSE)
     kinds = found.kinds | {f"{FIRST}mlp.down": "int8"}
     packed = found.packed | {f"{FIRST}mlp.down": found.finer[f"{FIRST}mlp.down"]}
-    laid = lay_out(CONFIG, state, "int4", LanguagePlan(kinds, packed, {}))
+    laid = lay_out(CONFIG, state, "int4", LanguagePlan(kinds, packed))
     assert {name: laid[name][0] for name in kinds} == kinds
     twin = RoundedLanguage(found.twin, kinds).twin
     twin.get_parameter("layers.0.mlp.down.weight").copy_(dequantise(packed[f"{FIRST}mlp.down"]))
@@ -245,14 +246,17 @@ def test_export_calibrates_and_writes_down_what_it_chose(tmp_path: Path, images:
     measures = package.manifest["calibration"]["measures"]
     assert {name: measure["limit"] for name, measure in measures.items()} == {"divergence": 0, "turn": 0}
     assert all(0 < measure["value"] < 0.1 for measure in measures.values())
-    assert package.manifest["calibration"]["held_out"] == 2
+    assert package.manifest["calibration"]["held_out"] == 4  # one of 6 prompts, three of 6 captions, 4 words and 4 labels
+    projection = package.manifest["calibration"]["text_projection"]
+    assert (projection["texts"], projection["held_out"]) == (11, 3)
+    assert projection["fitted"] is (projection["turn"]["after"] < projection["turn"]["before"])
     for name, layer in layers.items():
         assert package.weights[name][0] == layer["kept"]
     assert len(RSVLM.from_pretrained(package.path).caption(images / "0.png", max_new_tokens=3).token_ids) > 0
     assert json.loads((package.path / "manifest.json").read_text())["precision"] == "int4"
     for arguments, words_of_error in (
         (options, "--calibrate must name images"),
-        ({**options, "precision": "int8", "calibrate": images}, "--calibrate must be left out"),
+        ({**options, "precision": "bf16", "calibrate": images}, "--calibrate must be left out"),
         ({**options, "calibrate": images, "calibration_images": 2}, "--calibrate needs at least 4 images"),
     ):
         with pytest.raises(InputError, match=words_of_error):

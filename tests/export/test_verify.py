@@ -107,6 +107,31 @@ def test_a_right_package_gets_its_certificate(
     assert "certificate of another package" in run(capsys, "info", str(package))[1]
 
 
+def test_what_the_checkpoint_says_is_kept_for_the_next_run(
+    pair: Get, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, kept = pair("speaking"), tmp_path / "kept" / "reference.json"
+    package = Path(shutil.copytree(made.package, tmp_path / "package"))
+    arguments = ("verify", str(package), "--against", str(made.checkpoint), "--data", str(images), "--reference", str(kept))
+    first = run(capsys, *arguments, "--limit", "3")
+    assert first[0] == 0, first[2]
+    assert "captions of the checkpoint" in first[2]
+    values = json.loads(kept.read_text())
+    second = run(capsys, *arguments, "--limit", "3")
+    assert second[:2] == first[:2]
+    assert "captions of the checkpoint" not in second[2]
+    name = next(iter(values["tokens"]))
+    changed = values["tokens"] | {name: [*values["tokens"][name], 1]}
+    kept.write_text(json.dumps(values | {"tokens": changed}))  # what lies there is what counts
+    code, out, _ = run(capsys, *arguments, "--limit", "3")
+    assert (code, "FAILED: number of greedy captions that differ is 1" in out) == (1, True)
+    code, _, err = run(capsys, *arguments, "--limit", "2")
+    assert (code != 0, "it differs in sample; name another file" in err) == (True, True), err
+    kept.write_text("{")
+    code, _, err = run(capsys, *arguments, "--limit", "3")
+    assert (code != 0, "must be a file that verify wrote" in err) == (True, True), err
+
+
 @needs_native
 def test_native_packages_go_the_same_way(pair: Get, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Several packages of one checkpoint; the stages of a native one go by the names of the graphs."""
