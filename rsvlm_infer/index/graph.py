@@ -68,7 +68,8 @@ def build_graph(archive: Archive, level: SearchLevel) -> Path:
         rows = segment.embeddings(level)
         for start in range(0, len(rows), _ADDED_ROWS):
             part = rows[start : start + _ADDED_ROWS]
-            graph.add(np.arange(first + start, first + start + len(part)), part)
+            # one thread: of nodes that several threads add at once some are never found again (USearch issue 735)
+            graph.add(np.arange(first + start, first + start + len(part)), part, threads=1)
         first += len(rows)
     file = _graph_file(archive, level)
     about = {"segments": [segment.counts.name for segment in archive.segments], "rows": first}

@@ -42,6 +42,13 @@ def test_a_small_graph_finds_what_the_exact_search_finds(level: Any, tmp_path: P
         assert not found.exact
 
 
+def test_a_graph_has_the_same_bytes_again(tmp_path: Path) -> None:
+    pytest.importorskip("usearch")
+    archive = make(tmp_path)
+    files = {build_graph(archive, "object").read_bytes() for _ in range(4)}
+    assert len(files) == 1, "rows that several threads add at once are linked by chance, and some are never found"
+
+
 def test_scenes_that_are_newer_than_the_graph_are_searched_too(tmp_path: Path) -> None:
     pytest.importorskip("usearch")
     build_graph(make(tmp_path), "region")
